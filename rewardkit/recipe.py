@@ -1,0 +1,213 @@
+"""Recipes: YAML that says which verbs to call. A leaf names a method and its settings, a composite lists steps.
+
+Everything is checked before anything runs: verbs, arguments, specs, inputs. `repeat` is the only control word, and
+`{out} {i} {next} {last}` with the recipe's own settings are the only variables; when that is not enough, write
+ten lines of Python that call the verbs. The verbs are handed in (`verbs.train` does it), so this module knows none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import OptionError, unknown
+from .folders import read_manifest, shipped
+from .show import say
+
+VARIABLE = re.compile(r"\{(\w+)\}")
+Verbs = Mapping[str, Callable[..., Any]]
+# An argument's checker returns (kind, path) pairs: what must exist, or be made by an earlier step.
+Checks = Mapping[str, Callable[..., list[tuple[str, str]]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file, read. A leaf has a `method`, a composite has `steps`."""
+
+    name: str
+    about: str
+    needs: dict[str, str]
+    defaults: dict[str, Any]
+    notes: dict[str, str] = field(default_factory=dict)
+    method: str | None = None
+    steps: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verb call, variables filled in."""
+
+    verb: str
+    arguments: dict[str, Any]
+
+
+def names() -> dict[str, Path]:
+    """The shipped recipes."""
+    return {p.stem: p for p in sorted(shipped("recipes").glob("*.yaml"))}
+
+
+def load(recipe: str | Path) -> Recipe:
+    """Read a shipped recipe by its name, or a YAML file."""
+    file = names().get(str(recipe), Path(recipe))
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        raise unknown("recipe", str(recipe), [*names(), "FILE.yaml"])
+    source = file.read_text()
+    try:
+        body = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise OptionError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(body, dict) or ("method" in body) == ("steps" in body):
+        raise OptionError(f"{file} is not a recipe: it needs either method: or steps:")
+    for key in body:
+        if key not in ("needs", "defaults", "method", "steps"):
+            raise unknown(f"key in {file}", key, ("needs", "defaults", "method", "steps"))
+    about = re.match(r"#\s*(?:\S+\.yaml\s*--\s*)?(.*)", source)
+    notes = dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", source, re.MULTILINE))
+    return Recipe(
+        file.stem, about[1] if about else "", dict(body.get("needs") or {}), dict(body.get("defaults") or {}), notes,
+        body.get("method"), body.get("steps"),
+    )  # fmt: skip
+
+
+def settings(recipe: Recipe, given: Mapping[str, Any], also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The recipe's defaults with what was given; unknown and missing settings are errors."""
+    valid = {*recipe.needs, *recipe.defaults, *also}
+    for key in given:
+        if key not in valid and not (recipe.steps and "." in key):
+            raise unknown(f"setting of recipe '{recipe.name}'", key, valid)
+    missing = [k for k in recipe.needs if k not in given and k not in recipe.defaults]
+    if missing:
+        wanted = ", ".join(f"{k}=... ({recipe.needs[k]})" for k in missing)
+        raise OptionError(f"recipe '{recipe.name}' needs {wanted}")
+    return recipe.defaults | dict(given)
+
+
+def steps(recipe: Recipe, out: str | Path, given: Mapping[str, Any]) -> Generator[Step, bool, bool]:
+    """The calls of a composite in order, loops unrolled. Sending True after a call ends the loop it stands in."""
+    assert recipe.steps is not None
+    values = settings(recipe, given)
+    plain = {k: v for k, v in values.items() if "." not in k}
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if "." in key:
+            target, _, option = key.partition(".")
+            changes.setdefault(target, {})[option] = value
+    targets = {t for s in _flat(recipe.steps) for t in _targets(s)}
+    for target in changes:
+        if target not in targets:
+            raise unknown(f"step of recipe '{recipe.name}'", target, targets)
+    variables = dict(plain) | {"out": str(out)}
+    # A default may use {out} or another setting.
+    variables |= {k: _fill(v, variables | {k: v}, recipe) for k, v in plain.items()}
+    return (yield from _unroll(recipe, recipe.steps, variables, changes, inside=False))
+
+
+def _flat(listed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for step in listed:
+        yield from _flat(step["steps"]) if "repeat" in step else [step]
+
+
+def _targets(step: Mapping[str, Any]) -> list[str]:
+    """What a `TARGET.key=value` setting can mean by this step: its name, and the leaf recipe it trains."""
+    found = [str(step["name"])] if "name" in step else []
+    train = step.get("train")
+    return found + ([str(train["recipe"])] if isinstance(train, dict) and "recipe" in train else [])
+
+
+def _unroll(
+    recipe: Recipe, listed: list[dict[str, Any]], variables: dict[str, Any], changes: dict[str, dict[str, Any]], inside: bool
+) -> Generator[Step, bool, bool]:
+    for step in listed:
+        if "repeat" in step:
+            start = int(step.get("start", 0))
+            variables["last"] = start
+            for i in range(start, start + int(_fill(step["repeat"], variables, recipe))):
+                variables |= {"i": i, "next": i + 1}
+                if (yield from _unroll(recipe, step["steps"], variables, changes, inside=True)):
+                    break
+                variables["last"] = i + 1
+            del variables["i"], variables["next"]
+            continue
+        verbs = [k for k in step if k != "name"]
+        if len(verbs) != 1 or not isinstance(step[verbs[0]], dict):
+            raise OptionError(f"recipe '{recipe.name}': a step is one verb with its arguments, not {step}")
+        arguments = _fill(step[verbs[0]], variables, recipe)
+        for target in _targets(step):
+            arguments |= changes.get(target, {})
+        if (yield Step(verbs[0], arguments)) and inside:
+            return True
+    return False
+
+
+def _fill(value: Any, variables: Mapping[str, Any], recipe: Recipe) -> Any:
+    """Replace {name}; a text that is nothing but one variable takes that variable's value, whatever its type."""
+    if isinstance(value, dict):
+        return {k: _fill(v, variables, recipe) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_fill(v, variables, recipe) for v in value]
+    if not isinstance(value, str):
+        return value
+    for name in VARIABLE.findall(value):
+        if name not in variables:
+            raise unknown(f"variable in recipe '{recipe.name}'", name, [*variables, "i", "next", "last"])
+    whole = VARIABLE.fullmatch(value)
+    return variables[whole[1]] if whole else VARIABLE.sub(lambda m: str(variables[m[1]]), value)
+
+
+def check(recipe: Recipe, out: str | Path, given: Mapping[str, Any], verbs: Verbs, checks: Checks) -> list[Step]:
+    """Every call of a composite, checked: verbs, arguments, specs, and inputs that exist or are made on the way."""
+    plan = list(steps(recipe, out, given))
+    made: list[str] = []
+    for step in plan:
+        if step.verb not in verbs:
+            raise unknown(f"verb in recipe '{recipe.name}'", step.verb, verbs)
+        parameters = inspect.signature(verbs[step.verb]).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for key in step.arguments:
+            if key not in parameters and not free:
+                raise unknown(f"argument of `{step.verb}` in recipe '{recipe.name}'", key, parameters)
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and key not in step.arguments:
+                raise OptionError(f"recipe '{recipe.name}': `{step.verb}` needs {key}: ...")
+        wanted = list(checks["train"](step.arguments)) if step.verb == "train" else []
+        for key, value in step.arguments.items():
+            if key in checks and step.verb != "train" and value is not None:
+                wanted += checks[key](value)
+        for kind, path in wanted:
+            if not any(Path(path) == Path(m) or Path(m) in Path(path).parents for m in made):
+                if Path(out) in Path(path).parents:
+                    raise OptionError(f"recipe '{recipe.name}': `{step.verb}` reads {path}, which no earlier step makes")
+                checks[f"exists {kind}"](path)
+        folder = str(step.arguments["out"])
+        made += [folder, f"{folder}-random", *([str(step.arguments["dropped"])] if step.arguments.get("dropped") else [])]
+    return plan
+
+
+def run(recipe: Recipe, out: str | Path, given: Mapping[str, Any], verbs: Verbs) -> list[str]:
+    """Call the verbs in order; a verb that is finished returns at once. Returns the folders written.
+
+    A loop ends as soon as its filter keeps nothing; `{last}` is then the last round that was finished.
+    """
+    total = len(list(steps(recipe, out, given)))
+    folders: list[str] = []
+    walk, stop = steps(recipe, out, given), None
+    while True:
+        try:
+            step = walk.send(stop)  # type: ignore[arg-type]
+        except StopIteration:
+            return folders
+        say(f"[{len(folders) + 1}/{total}] {step.verb} -> {step.arguments['out']}")
+        folders.append(str(verbs[step.verb](**step.arguments)))
+        stop = step.verb == "filter" and read_manifest(folders[-1])["rows"]["out"] == 0
+
+
+def describe(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(setting, default, meaning or source) for every setting, for people."""
+    rows = [(k, "needed", v) for k, v in recipe.needs.items() if k not in recipe.defaults]
+    return rows + [(k, str(v), recipe.notes.get(k, recipe.needs.get(k, ""))) for k, v in recipe.defaults.items()]

@@ -1,0 +1,68 @@
+"""TEXT -> NUMBERS. A reward is called with samples (rows) and returns one Score each.
+
+A plain function is enough: `def short(samples): return [-len(s["response"]) for s in samples]` is the reward
+`file.py:short`. What holds state, such as a model, is a class with `__call__`; it loads in `load()`, not before, and
+names the models it reads in `models`, so that a finished table is recognised without loading anything.
+
+`score` calls a reward on a table and PPO on a batch: the same object, the same numbers. Every spec also takes
+`as=NAME`, which names the columns NAME, NAME_why, ... instead of score, why, ...: several rewards on one table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import spec as specs
+from ..errors import DataError, OptionError
+from ..tables import Row
+
+REWARDS = {
+    "coherent": "rewardkit.rewards.coherent:Coherent",
+    "reward_model": "rewardkit.rewards.reward_model:RewardModel",
+    "judge": "rewardkit.rewards.judge:Judge",
+    "text": "rewardkit.rewards.text:text",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward says of one sample. value None means unscored, and `why` says why; it is never zero or -1.
+
+    extra: named numbers, texts or lists; each becomes a column.
+    """
+
+    value: float | None
+    why: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+Reward = Callable[[Sequence[Row]], Sequence["Score | float | None"]]
+
+
+def load(source: str | Mapping[str, Any] | specs.Spec) -> tuple[Reward, str]:
+    """The reward that a spec describes, and the prefix of its columns ("" unless `as=NAME`). No model is loaded yet."""
+    spec = specs.parse(source)
+    prefix = str(spec.options.get("as", ""))
+    if prefix and not prefix.isidentifier():
+        raise OptionError(f"as={prefix} is not a column name; use letters, digits and _")
+    bare = specs.Spec(spec.name, {k: v for k, v in spec.options.items() if k != "as"})
+    return specs.build(bare, REWARDS, "reward"), prefix
+
+
+def apply(reward: Reward, samples: Sequence[Row]) -> list[Score]:
+    """Call a reward; numbers become Scores, and what is not a number becomes an unscored row with a reason."""
+    results = list(reward(samples))
+    if len(results) != len(samples):
+        raise DataError(f"the reward returned {len(results)} scores for {len(samples)} samples")
+    return [_score(r) for r in results]
+
+
+def _score(result: Any) -> Score:
+    score = result if isinstance(result, Score) else Score(result)
+    if score.value is None:
+        return score if score.why else Score(None, "the reward gave no score", score.extra)
+    value = float(score.value)
+    return Score(value, score.why, score.extra) if math.isfinite(value) else Score(None, f"the reward gave {value}", score.extra)

@@ -1,0 +1,337 @@
+"""The verbs: the table of contents of rewardkit.
+
+    generate   prompts  -> samples      a model answers
+    score      samples  -> scored       a reward turns text into numbers
+    filter     scored   -> kept         a rule turns numbers into choices, with a control if asked
+    train      rows     -> a model      a recipe: one method, or a list of steps
+    eval       a model  -> results      tasks turn weights into evidence
+    publish    a folder -> the Hub      with a card that says how it was made
+    report     results  -> tables, PNG  what came out, side by side
+
+A verb takes plain values, reads folders, writes one folder and returns its path; the shell, Python and a recipe make
+the same call. The same command again continues or does nothing; another command on the same `out` is refused.
+No verb calls another: composition belongs to recipes, which `train` hands the verbs to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checks
+from .errors import OptionError
+from .folders import claim, model_fingerprint, read_manifest
+from .show import progress, say, table
+
+CHUNK = 256  # prompts or rows a shard: what a kill can cost
+
+
+def generate(
+    model: str,
+    prompts: str,
+    out: str,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    engine: str = "vllm",
+) -> Path:
+    """Let a model answer prompts.
+
+    model: a folder, a Hub id, or a server as http://host:port/v1#model.
+    prompts: a table with a column `prompt` (text or messages); its other columns are kept.
+    out: the folder to write.
+    n: samples a prompt.
+    temperature: of sampling; 0 is greedy.
+    top_p: share of the probability mass to sample from.
+    max_tokens: longest response, in tokens.
+    seed: the same seed gives the same samples.
+    engine: vllm, transformers, server or scripted, with options: "vllm template=FILE logprobs=true".
+    """
+    from . import engine as engines
+    from . import tables
+
+    if n < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        given = f"n={n} max_tokens={max_tokens} temperature={temperature} top_p={top_p}"
+        raise OptionError(f"generate takes n >= 1, max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, not {given}")
+    engines.check(engine)
+    source = tables.open(prompts).require("prompt").filled()
+    sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    inputs = {"prompts": _print(source), "model": model_fingerprint(model)}
+    folder = claim(out, "generate", {"model": model, "prompts": prompts, **sampling, "engine": engine}, inputs)
+    if folder.finished:
+        return folder.path
+    speaker = engines.load(engine, model)
+    try:
+        folder.begin()
+        done = _shards_done(folder)
+        with progress("generate", source.rows, "prompts", done=min(done * CHUNK, source.rows)) as advance:
+            for index, batch in enumerate(source.batches(CHUNK, skip=done * CHUNK), start=done):
+                answers = speaker.generate([tables.messages_or_none(r["prompt"]) for r in batch], **sampling)
+                rows = [tables.samples(r, a, model) for r, a in zip(batch, answers, strict=True) if isinstance(a, list)]
+                refused = [r | {"reason": a.reason} for r, a in zip(batch, answers, strict=True) if not isinstance(a, list)]
+                folder.write(index, tables.samples_frame(itertools.chain(*rows)), refused)
+                advance(len(batch))
+    finally:
+        speaker.close()
+    rows_out, refused_count = tables.seal(folder.path)
+    counts = {"in": source.rows, "used": source.rows - refused_count, "out": rows_out, "quarantined": refused_count}
+    _summary("generate", counts)
+    return folder.finish(counts, engine=speaker.name, engine_facts=speaker.facts)
+
+
+def score(data: str, reward: str | dict, out: str, quarantine: bool = False) -> Path:
+    """Score samples, or both sides of preference pairs.
+
+    data: a table with `prompt` and `response`, or with `prompt`, `chosen` and `rejected`.
+    reward: a spec such as "coherent policy=sft base=base" or file.py:function; `as=NAME` names the columns.
+    out: the folder to write.
+    quarantine: put lines that cannot be read aside instead of stopping.
+    """
+    from . import rewards, spec, tables
+
+    scorer, prefix = rewards.load(reward)
+    source = tables.open(data, quarantine=quarantine).filled()
+    sides = _sides(source)
+    models = {name: model_fingerprint(path) for name, path in getattr(scorer, "models", {}).items()}
+    inputs = {"data": _print(source), **models}
+    folder = claim(out, "score", {"data": data, "reward": str(spec.parse(reward)), "quarantine": quarantine}, inputs)
+    if folder.finished:
+        return folder.path
+    if hasattr(scorer, "load"):
+        scorer.load()
+    try:
+        folder.begin()
+        done = _shards_done(folder)
+        with progress("score", source.rows, done=min(done * CHUNK, source.rows)) as advance:
+            for index, batch in enumerate(source.batches(CHUNK, skip=done * CHUNK), start=done):
+                columns: dict[str, list[Any]] = {}
+                for side in sides:
+                    found = rewards.apply(scorer, [_side(row, side) for row in batch])
+                    columns |= _columns(found, prefix, side)
+                # Lines that could not be read belong to no chunk; the first shard carries them.
+                folder.write(index, tables.scored_frame(batch, columns), source.broken if index == 0 else ())
+                advance(len(batch))
+    finally:
+        if hasattr(scorer, "close"):
+            scorer.close()
+    rows, _ = tables.seal(folder.path)
+    aside = len(source.broken)
+    unscored = tables.nulls(folder.path, [f"{prefix or 'score'}{'_' + s if s else ''}" for s in sides])
+    counts = {"in": rows + aside, "used": rows, "out": rows, "quarantined": aside}
+    _summary("score", counts, unscored=unscored)
+    return folder.finish(counts, unscored=unscored)
+
+
+def _sides(source: Any) -> list[str]:
+    """[""] for samples; chosen and rejected for preference pairs."""
+    if "response" in source.schema:
+        source.require("prompt")
+        return [""]
+    if "chosen" in source.schema or "rejected" in source.schema:
+        source.require("prompt", "chosen", "rejected")
+        return ["chosen", "rejected"]
+    if "completion" in source.schema:
+        source.require("prompt")
+        return ["completion"]
+    source.require("prompt", "response")
+    return [""]
+
+
+def _side(row: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """The sample that one side of a row stands for: its text, without the token ids of another."""
+    if not side:
+        return dict(row)
+    return {k: v for k, v in row.items() if k not in ("token_ids", "finish_reason")} | {"response": row[side]}
+
+
+def _columns(scores: Sequence[Any], prefix: str, side: str) -> dict[str, list[Any]]:
+    """Score columns: score, why and the extras; NAME, NAME_why, NAME_x with a prefix; suffixed by side on pairs."""
+    tail = f"_{side}" if side in ("chosen", "rejected") else ""
+    extras = sorted({k for s in scores for k in s.extra})
+    columns = {prefix or "score": [s.value for s in scores], f"{prefix}_why" if prefix else "why": [s.why for s in scores]}
+    columns |= {f"{prefix}_{k}" if prefix else k: [s.extra.get(k) for s in scores] for k in extras}
+    return {name + tail: values for name, values in columns.items()}
+
+
+def filter(
+    data: str,
+    rule: str | dict,
+    out: str,
+    dropped: str | None = None,
+    control: bool = False,
+    columns: dict | None = None,
+) -> Path:
+    """Keep rows by a rule, and account for the others.
+
+    data: a table, usually a scored one.
+    rule: a spec such as "threshold min=0.2", "top per=prompt k=1 by=score_mean", "best_vs_worst", "all" or file.py:function.
+    out: the folder to write; with control, OUT-random is written beside it.
+    dropped: a folder for the rows not kept, with their reasons; without it reasons are only counted.
+    control: also apply the same rule to shuffled scores: same size, same shape, no information.
+    columns: rename columns first, as new:old,new:old, for example prompt:instruction,response:output.
+    """
+    from . import rules, spec, tables
+
+    source = tables.open(data)
+    parsed = spec.parse(rule)
+    chosen, name = rules.load(parsed), f"rule '{parsed}' on {data}"
+    arguments = {"data": data, "rule": str(parsed), "columns": columns}
+    inputs = {"data": _print(source)}
+    folder = claim(out, "filter", arguments | {"dropped": dropped, "control": control}, inputs)
+    rest = claim(dropped, "filter", arguments | {"kept": str(out)}, inputs) if dropped else None
+    blind = (
+        claim(f"{str(out).rstrip('/')}-random", "filter", arguments | {"control": "shuffled scores"}, inputs) if control else None
+    )
+    if folder.finished:
+        return folder.path
+    frame = tables.renamed(source, columns)
+    result = rules.partition(chosen, frame, name)
+    # The kept rows come last: once `out` is finished, all is.
+    if blind and not blind.finished:
+        by = str(parsed.options.get("by", "score"))
+        same = rules.load(spec.Spec(parsed.name, parsed.options | {"by": rules.SHUFFLED}))
+        other = rules.partition(same, rules.shuffled(frame, by), f"the control of {name}")
+        blind.begin().sink(rules.blind(other.kept))
+        blind.finish(other.counts, reasons=other.reasons)
+    if rest and not rest.finished:
+        counts = result.counts
+        rest.begin().sink(result.dropped)
+        rest.finish(
+            {"in": counts["in"], "used": counts["dropped"], "out": counts["dropped"], "dropped": counts["used"]},
+            reasons=result.reasons,
+        )
+    folder.begin().sink(result.kept)
+    _summary("filter", result.counts, result.reasons)
+    return folder.finish(result.counts, reasons=result.reasons)
+
+
+def train(recipe: str, out: str, **settings: Any) -> Path:
+    """Run a recipe: one method (sft, dpo, reward_model, ...) or a list of steps (demo, self_rewarding, ...).
+
+    recipe: the name of a shipped recipe, or a YAML file.
+    out: the folder to write.
+    settings: what the recipe needs and what it lets you change; `rewardkit train recipe=NAME --help` lists them.
+    """
+    from . import recipe as recipes
+
+    loaded = recipes.load(recipe)
+    if loaded.method:
+        return _train_one(loaded, out, settings)
+    steps = recipes.check(loaded, out, settings, VERBS, checks.CHECKS)
+    made = {str(s.arguments["out"]) for s in steps}
+    folder = claim(out, "train", {"recipe": recipe, **settings}, {})
+    if folder.finished:
+        return folder.path
+    folder.begin()
+    say(f"train: recipe '{loaded.name}', {len(made)} steps, into {out}")
+    return folder.finish(steps=recipes.run(loaded, out, settings, VERBS))
+
+
+def _train_one(loaded: Any, out: str, settings: dict[str, Any]) -> Path:
+    """Run a leaf recipe: one method on one table."""
+    from . import tables
+
+    method, options = checks.method(loaded, settings)
+    source = tables.open(options.pop("data"))
+    models = {k: model_fingerprint(v) for k, v in options.items() if k in ("model", "reference") and v}
+    folder = claim(out, "train", {"recipe": loaded.name, **settings}, {"data": _print(source), **models})
+    if folder.finished:
+        return folder.path
+    folder.begin()
+    facts = method(data=source, out=folder.path, **options)
+    return folder.finish(**facts)
+
+
+def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engine: str = "transformers") -> Path:
+    """Measure a model.
+
+    model: a folder, a Hub id or a server.
+    tasks: task specs separated by commas: lm-eval task names ("gsm8k data=FOLDER shots=5, ifeval") or "accuracy data=FILE".
+    out: the folder to write: results.json and the samples of every task.
+    limit: at most this many samples a task.
+    engine: what runs the model: transformers or vllm.
+    """
+    import json
+
+    from . import tasks as kinds
+    from .folders import atomic
+
+    specs = kinds.parse(tasks)
+    inputs = {"model": model_fingerprint(model), **{f"task {s}": f for s in specs if (f := kinds.fingerprint(s))}}
+    folder = claim(out, "eval", {"model": model, "tasks": [str(s) for s in specs], "limit": limit, "engine": engine}, inputs)
+    if folder.finished:
+        return folder.path
+    folder.begin()
+    results = []
+    for spec in specs:
+        done = folder.path / f"result-{kinds.slug(spec)}.json"
+        if not done.is_file():
+            result = kinds.run(spec, model, folder.path, limit, engine)
+            with atomic(done) as part:
+                part.write_text(json.dumps(result, indent=2, default=str))
+        results.append(json.loads(done.read_text()))
+    with atomic(folder.path / "results.json") as part:
+        part.write_text(json.dumps({"model": model, "tasks": results}, indent=2))
+    rows = [(r["task"], k, m["value"], m["stderr"], r["n"]) for r in results for k, m in r["metrics"].items()]
+    table(f"eval of {model}", ["task", "metric", "value", "stderr", "n"], rows)
+    return folder.finish(results={r["task"]: {k: m["value"] for k, m in r["metrics"].items()} for r in results})
+
+
+def publish(path: str, repo: str, private: bool = False, dry_run: str | None = None) -> str:
+    """Push a finished table or model to the Hub, with a card made from its manifest.
+
+    path: the folder to publish.
+    repo: the Hub repository, as owner/name.
+    private: make the repository private.
+    dry_run: write exactly what would be pushed into this folder instead.
+    """
+    from . import hub
+
+    read_manifest(path)
+    return hub.push(Path(path), repo, private, Path(dry_run) if dry_run else None)
+
+
+def report(paths: list[str], out: str, kind: str = "compare") -> Path:
+    """Put results side by side, as a table, Markdown, CSV and PNG.
+
+    paths: finished folders: eval results (compare), scored tables (agreement), kept and other tables (filter).
+    out: the folder to write.
+    kind: compare, agreement or filter.
+    """
+    from . import reports
+
+    run = reports.load(kind)
+    inputs = {
+        str(i): {"path": p, "finished": read_manifest(p)["files"] or read_manifest(p).get("results")} for i, p in enumerate(paths)
+    }
+    folder = claim(out, "report", {"kind": kind, "paths": list(paths)}, inputs)
+    if folder.finished:
+        return folder.path
+    folder.begin()
+    return folder.finish(**run([Path(p) for p in paths], folder.path))
+
+
+def _print(source: Any) -> dict[str, Any]:
+    """How the manifest names an input table."""
+    return {"path": source.name, "fingerprint": source.fingerprint}
+
+
+def _shards_done(folder: Any) -> int:
+    """Finished shards; a chunk is done when its shard exists."""
+    return next(i for i in itertools.count() if not folder.shard(i).exists())
+
+
+def _summary(verb: str, counts: Mapping[str, int], reasons: Mapping[str, int] | None = None, unscored: int = 0) -> None:
+    """One line that adds up, and the reasons."""
+    parts = [f"{counts['in']:,} in", f"{counts['out']:,} out"]
+    parts += [f"{counts[k]:,} {k}" for k in ("dropped", "quarantined") if counts.get(k)]
+    say(f"{verb}: " + ", ".join(parts) + (f", {unscored:,} unscored (see `why`)" if unscored else ""))
+    for reason, number in (reasons or {}).items():
+        say(f"  {number:,} dropped: {reason}")
+
+
+VERBS = {f.__name__: f for f in (generate, score, filter, train, eval, publish, report)}

@@ -14,7 +14,8 @@ SCORES = st.lists(
     st.tuples(st.integers(0, 4), st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0]), st.floats(-9, 9), st.just(math.nan))),
     max_size=30,
 )
-SPECS = ["all", "threshold min=0.5", "threshold max=1", "top k=3", "top fraction=0.5", "top per=prompt k=1", "top per=prompt fraction=0.5",
+SPECS = ["all", "threshold min=0.5", "threshold max=1",
+         "top k=3", "top fraction=0.5", "top per=prompt k=1", "top per=prompt fraction=0.5",
          "best_vs_worst"]  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_top_keeps_the_best_and_the_earlier_of_equals(rows, k):
     best = sorted(i for i, _, _ in sorted(scored, key=lambda r: (-r[2], r[0]))[:k])
     assert sorted(apply(f"top k={k}", rows).kept.collect()["row"]) == best
     of = {p: [r for r in scored if r[1] == p] for _, p, _ in scored}
-    per = {p: [i for i, _, _ in sorted(rows, key=lambda r: (-r[2], r[0]))[:k]] for p, rows in of.items()}
+    per = {p: [i for i, _, _ in sorted(found, key=lambda r: (-r[2], r[0]))[:k]] for p, found in of.items()}
     assert sorted(apply(f"top per=prompt k={k}", rows).kept.collect()["row"]) == sorted(
         i for found in per.values() for i in found
     )
@@ -68,8 +69,9 @@ def test_best_vs_worst_is_first_argmax_against_first_argmin(rows):
             best, worst = min(scored, key=lambda r: (-r[0], r[1])), min(scored)
             wanted[f"p{prompt}"] = (f"r{best[1]}", f"r{worst[1]}", best[0], worst[0])
     found = apply("best_vs_worst", rows).kept.collect()
-    assert {r["prompt"][0]["content"]: (r["chosen"][0]["content"], r["rejected"][0]["content"], r["score_chosen"], r["score_rejected"])
-            for r in found.to_dicts()} == wanted  # fmt: skip
+    sides = {r["prompt"][0]["content"]: (r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in found.to_dicts()}
+    scores = [(r["score_chosen"], r["score_rejected"]) for r in found.to_dicts()]
+    assert {p: (*side, *score) for (p, side), score in zip(sides.items(), scores, strict=True)} == wanted
 
 
 def test_judge_means_make_the_pair_of_spec_f23():

@@ -17,7 +17,8 @@ from typing import Any
 
 from .. import spec as specs
 from ..errors import DataError, OptionError
-from ..tables import Row
+from ..tables import Row, messages
+from ..tables import text as as_text
 
 REWARDS = {
     "coherent": "rewardkit.rewards.coherent:Coherent",
@@ -53,11 +54,29 @@ def load(source: str | Mapping[str, Any] | specs.Spec) -> tuple[Reward, str]:
 
 
 def apply(reward: Reward, samples: Sequence[Row]) -> list[Score]:
-    """Call a reward; numbers become Scores, and what is not a number becomes an unscored row with a reason."""
-    results = list(reward(samples))
-    if len(results) != len(samples):
-        raise DataError(f"the reward returned {len(results)} scores for {len(samples)} samples")
-    return [_score(r) for r in results]
+    """Call a reward; numbers become Scores, and what is not a number becomes an unscored row with a reason.
+
+    A row without a response or a readable prompt never reaches the reward.
+    """
+    reasons = [unusable(s) for s in samples]
+    usable = [s for s, reason in zip(samples, reasons, strict=True) if not reason]
+    results = list(reward(usable)) if usable else []
+    if len(results) != len(usable):
+        raise DataError(f"the reward returned {len(results)} scores for {len(usable)} samples")
+    found = iter(results)
+    return [Score(None, reason) if reason else _score(next(found)) for reason in reasons]
+
+
+def unusable(sample: Row) -> str:
+    """Why no reward can score this sample, or ""."""
+    if sample.get("response") is None:
+        return "there is no response"
+    try:
+        messages(sample.get("prompt"))
+        as_text(sample["response"])
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _score(result: Any) -> Score:

@@ -70,12 +70,10 @@ class Coherent:
         """(prompt ids, response ids, truncated), or why this sample cannot be scored."""
         from ..engine import prompt_ids
 
-        ids, response = sample.get("token_ids"), sample.get("response")
-        if ids is None and response is None:
-            return "there is no response"
+        ids = sample.get("token_ids")
         truncated = sample.get("finish_reason") == "length"
         if ids is None:
-            ids = self.tokenizer(text(response), add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text(sample["response"]), add_special_tokens=False)["input_ids"]
             ids = ids if truncated else [*ids, self.ends[0]]
         else:
             # A sampler may report "stop" for a stop string, which leaves no end token behind.

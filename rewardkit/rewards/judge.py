@@ -111,10 +111,8 @@ class Judge:
     def __call__(self, samples: Sequence[Row]) -> list[Score]:
         """One Score a sample; extra: votes, n_valid, spread (population standard deviation), raw answers that did not parse."""
         self.load()
-        asked = [i for i, s in enumerate(samples) if s.get("response") is not None]
-        prompts = [self._ask(samples[i]) for i in asked]
-        answers = dict(zip(asked, self._engine.generate(prompts, n=self.votes, seed=self.seed, **self.sampling), strict=True))
-        return [self._score(answers[i]) if i in answers else self._none("there is no response") for i in range(len(samples))]
+        prompts = [self._ask(s) for s in samples]
+        return [self._score(a) for a in self._engine.generate(prompts, n=self.votes, seed=self.seed, **self.sampling)]
 
     def _ask(self, sample: Row) -> list[dict[str, str]]:
         turns = messages(sample["prompt"])
@@ -125,7 +123,8 @@ class Judge:
         from ..engine import Refused
 
         if isinstance(answer, Refused):
-            return self._none(f"the judge did not answer: {answer.reason}")
+            nothing: Row = {"votes": [], "n_valid": 0, "spread": None, "unparsed": []}
+            return Score(None, f"the judge did not answer: {answer.reason}", nothing)
         votes = [self.rubric.parse(c.text) for c in answer]
         valid = [v for v in votes if v is not None]
         extra: Row = {
@@ -139,6 +138,3 @@ class Judge:
                 extra,
             )
         return Score(statistics.fmean(valid), "", extra)
-
-    def _none(self, why: str) -> Score:
-        return Score(None, why, {"votes": [], "n_valid": 0, "spread": None, "unparsed": []})

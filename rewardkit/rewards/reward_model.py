@@ -69,9 +69,6 @@ class RewardModel:
         ids: dict[int, list[int]] = {}
         scores: dict[int, Score] = {}
         for index, sample in enumerate(samples):
-            if sample.get("response") is None:
-                scores[index] = Score(None, "there is no response", {"n_tokens": None})
-                continue
             found = reward_model_ids(self._tokenizer, messages(sample["prompt"]), text(sample["response"]))
             if len(found) > self._longest:
                 why = f"prompt and response have {len(found)} tokens; max_length is {self._longest}"

@@ -31,8 +31,6 @@ def text(
         raise OptionError(f"pattern={pattern!r} is not a regular expression: {error}") from None
 
     def one(sample: Row) -> Score:
-        if sample.get("response") is None:
-            return Score(None, "there is no response")
         response = as_text(sample["response"])
         if kind == "length":
             return Score(float(len(response) if unit == "chars" else len(response.split())))

@@ -1,8 +1,9 @@
 """How likely a causal language model finds given text: log p(response token | prompt, earlier response tokens).
 
-fp32 log-softmax at temperature 1 over the response tokens (SPEC A.2.3); prompt tokens contribute nothing. Rows are
-sorted by length and batched by a token budget; only response positions meet the vocabulary matrix. Left out:
-sampling, and anything that is not standard causal attention.
+fp32 log-softmax at temperature 1 over the response tokens (SPEC A.2.3). Each distinct prompt is computed once for all
+its responses and nothing is padding (`packing`); only positions that predict a response token meet the vocabulary,
+in chunks, so the full logits never exist. A model whose packed result does not equal its own plain forward pass is
+scored the plain way, and that is said. Left out: sampling, and gradients.
 """
 
 from __future__ import annotations
@@ -11,75 +12,158 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .errors import ModelError
+from .packing import Attention, Ids, Layout, Pack, Unsupported, packs
+from .show import say
 
-Ids = list[int]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CHUNK_LOGITS = 1 << 22  # fp32 logits alive at once, a few per cent of what a full batch would take
 
 
 class LogProbs:
     """A frozen model that scores token ids.
 
-    Call it with (prompt_ids, response_ids) pairs; it returns one list of log-probabilities a pair, one per
-    response token, in the order given. The prompt must hold at least one token, from which the first response
-    token is predicted.
+    Call it with (prompt_ids, response_ids) pairs; it returns one list of log-probabilities a pair, one per response
+    token, in the order given. The prompt must hold at least one token, from which the first response token is
+    predicted. After an out-of-memory the token budget is halved and the work goes on.
     """
 
-    def __init__(self, model: str, dtype: Dtype = "auto", batch_tokens: int = 8_192) -> None:
+    def __init__(self, model: str, dtype: Dtype = "auto", batch_tokens: int = 8_192, plain: bool = False) -> None:
+        self.name, self.batch_tokens = model, batch_tokens
         self.model, self.device = load_causal(model, dtype)
-        self.batch_tokens = batch_tokens
         config = self.model.config.get_text_config()
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        # transformers' sdpa ignores capped attention scores; only its eager attention is this model's own.
+        self.own_attention = "eager" if getattr(config, "attn_logit_softcapping", None) else self.model.config._attn_implementation
+        self.attention = Attention()
+        self.packed = not plain and self._proved()
 
     def __call__(self, rows: Sequence[tuple[Ids, Ids]], advance: Callable[[int], None] | None = None) -> list[list[float]]:
         """Log-probabilities of every response token; advance: told how many rows are done."""
+        import torch
+
         found: list[list[float]] = [[] for _ in rows]
-        order = sorted((i for i, (_, response) in enumerate(rows) if response), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+        todo = [i for i, (_, response) in enumerate(rows) if response]
+        while todo:
+            try:
+                for done, values in self._packed(rows, todo) if self.packed else self._plain(rows, todo):
+                    found[done] = values
+                    if advance:
+                        advance(1)
+                todo = []
+            except torch.OutOfMemoryError:
+                todo = [i for i in todo if not found[i]]
+                if self.batch_tokens <= 256:
+                    raise ModelError(f"{self.name} does not fit: out of memory with {self.batch_tokens} tokens at once") from None
+                self.batch_tokens //= 2
+                torch.cuda.empty_cache()
+                say(f"out of memory: continues with {self.batch_tokens} tokens at once")
+        return found
+
+    def _packed(self, rows: Sequence[tuple[Ids, Ids]], todo: list[int]) -> Any:
+        """(row, log-probabilities), pack by pack."""
+        for pack in packs([rows[i] for i in todo], self.batch_tokens):
+            values = self._score(pack)
+            for row, size in pack.rows:
+                yield todo[row], values[:size]
+                values = values[size:]
+
+    def _score(self, pack: Pack) -> list[float]:
+        """The log-probabilities of a pack's targets."""
+        import torch
+
+        with torch.inference_mode():
+            hidden_TE = self._hidden(pack)
+            at_K = torch.tensor(pack.predictors, device=self.device)
+            targets_K = torch.tensor(pack.targets, device=self.device)
+            head = self.model.get_output_embeddings()
+            size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+            parts = [self._log_softmax(head(hidden_TE[at]), target) for at, target in zip(at_K.split(size), targets_K.split(size), strict=True)]
+            return torch.cat(parts).tolist()
+
+    def _hidden(self, pack: Pack) -> Any:
+        """The last hidden state of every token of a pack, (T, E)."""
+        import torch
+
+        self._use(self.attention)
+        self.attention.layout = Layout(pack, self.device)
+        ids_1T = torch.tensor([pack.ids], device=self.device)
+        positions_1T = torch.tensor([pack.positions], device=self.device)
+        return self.model.get_decoder()(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).last_hidden_state[0]
+
+    def _log_softmax(self, logits_KV: Any, target_K: Any) -> Any:
+        """log p of each target; only two numbers a row are kept of its logits."""
+        logits_KV = logits_KV.float()
+        if self.cap:
+            logits_KV = self.cap * (logits_KV / self.cap).tanh()
+        return logits_KV.gather(1, target_K[:, None])[:, 0] - logits_KV.logsumexp(-1)
+
+    def _plain(self, rows: Sequence[tuple[Ids, Ids]], todo: list[int]) -> Any:
+        """(row, log-probabilities) from right-padded batches of rows of similar length, with the model's own attention."""
+        import torch
+
+        self._use(None)
+        order = sorted(todo, key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
         while order:
             longest = sum(map(len, rows[order[0]]))
             size = max(1, self.batch_tokens // longest)
             batch, order = order[:size], order[size:]
-            for index, values in zip(batch, self._batch([rows[i] for i in batch]), strict=True):
-                found[index] = values
-            if advance:
-                advance(len(batch))
-        return found
+            texts = [rows[i][0] + rows[i][1] for i in batch]
+            ids_BT = torch.tensor([t + [0] * (longest - len(t)) for t in texts], device=self.device)
+            mask_BT = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in texts], device=self.device)
+            first = min(len(rows[i][0]) for i in batch) - 1
+            kept_K = torch.arange(first, longest - 1, device=self.device)
+            with torch.inference_mode():
+                logits_BKV = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=kept_K).logits
+                for place, i in enumerate(batch):
+                    start, end = len(rows[i][0]) - 1 - first, len(texts[place]) - 1 - first
+                    logp_KV = logits_BKV[place, start:end].float().log_softmax(-1)
+                    yield i, logp_KV.gather(1, ids_BT[place, first + 1 :][start:end, None])[:, 0].tolist()
 
-    def _batch(self, rows: Sequence[tuple[Ids, Ids]]) -> list[list[float]]:
-        """One forward pass; shapes: B rows, T tokens (right-padded), K kept positions, V vocabulary."""
+    def _use(self, attention: Attention | None) -> None:
+        """Switch between packed attention and the model's own."""
+        from transformers import AttentionInterface
+
+        name = self.own_attention
+        if attention:
+            name = "rewardkit_packed"
+            AttentionInterface.register(name, attention)
+        if self.model.config._attn_implementation != name:
+            self.model.set_attn_implementation(name)
+
+    def _proved(self) -> bool:
+        """Whether the packed path gives this model's own numbers, tried on random tokens."""
         import torch
 
-        longest = max(len(p) + len(r) for p, r in rows)
-        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for place, (prompt, response) in enumerate(rows):
-            ids_BT[place, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-            mask_BT[place, : len(prompt) + len(response)] = 1
-        # Position t predicts token t+1, so the last prompt token is the first position that matters.
-        first = min(len(p) for p, _ in rows) - 1
-        kept_K = torch.arange(first, longest - 1, device=self.device)
-        with torch.inference_mode():
-            logits_BKV = self.model(
-                input_ids=ids_BT.to(self.device), attention_mask=mask_BT.to(self.device), use_cache=False, logits_to_keep=kept_K
-            ).logits
-            targets_BK = ids_BT[:, first + 1 :].to(self.device)
-            logp_BK = torch.stack(
-                [
-                    row.float().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-                    for row, target in zip(logits_BKV, targets_BK, strict=True)
-                ]
-            ).cpu()
-        starts = [len(p) - 1 - first for p, _ in rows]
-        return [logp_BK[b, s : s + len(r)].tolist() for b, (s, (_, r)) in enumerate(zip(starts, rows, strict=True))]
+        draw = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        prompts = [torch.randint(vocabulary, (n,), generator=draw).tolist() for n in (7, 13)]
+        rows = [(prompts[i % 2], torch.randint(vocabulary, (n,), generator=draw).tolist()) for i, n in enumerate((5, 9, 1, 12))]
+        try:
+            packed = dict(self._packed(rows, list(range(len(rows)))))
+        except (Unsupported, AttributeError, KeyError, TypeError, ValueError) as error:
+            say(f"{self.name}: no packed scoring for this architecture ({type(error).__name__}), scoring the plain way")
+            return False
+        plain = dict(self._plain(rows, list(range(len(rows)))))
+        pairs = [(p, q) for i in packed for p, q in zip(packed[i], plain[i], strict=True)]
+        worst = max(abs(p - q) for p, q in pairs)
+        spread = max(1.0, max(abs(q) for _, q in pairs))
+        bound = (1e-4 if self.model.dtype == torch.float32 else 3e-2) * spread
+        if worst > bound:
+            say(f"{self.name}: packed scoring differs from the model's own by {worst:.2g}, scoring the plain way")
+        return worst <= bound
 
 
 def load_causal(model: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """A frozen causal LM (LoRA adapter folders too) on the GPU if there is one, and its device."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:

@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     )
     (folder / "broken.jsonl").write_text(json.dumps(rows[0]) + "\n{oops\n" + json.dumps(rows[1]) + "\n")
     tiny.llama(folder / "sft")
-    tiny.llama(folder / "base", template=tiny.TEMPLATE.replace("<|user|>", "U:"))
+    tiny.llama(folder / "base", template=tiny.TEMPLATE.replace("<|{{", "[{{"))
     (folder / "hollow").mkdir()
     (folder / "hollow/config.json").write_text("{}")
     (folder / "work").mkdir()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rewardkit import rewards
 from rewardkit.errors import DataError, ModelError, OptionError
+from rewardkit.rewards.coherent import Coherent
 from rewardkit.rewards.judge import rubric
 from tests import tiny
 
@@ -29,7 +30,7 @@ SAMPLES = [
 
 
 def coherent(pair, **options):
-    return rewards.coherent.Coherent(str(pair[0]), str(pair[1]), **options)
+    return Coherent(str(pair[0]), str(pair[1]), **options)
 
 
 def reference(model, ids, start):
@@ -94,7 +95,7 @@ def test_what_cannot_be_scored_is_none_with_a_reason(pair):
 
 
 def test_models_that_see_other_ids_are_refused(pair, tmp_path):
-    other = tiny.llama(tmp_path / "other", template=tiny.TEMPLATE.replace("<|user|>", "U:"))
+    other = tiny.llama(tmp_path / "other", template=tiny.TEMPLATE.replace("<|{{", "[{{"))
     with pytest.raises(ModelError, match="differ in their chat template"):
         coherent((pair[0], other)).load()
     bare = tiny.llama(tmp_path / "bare", template=None)
@@ -137,12 +138,14 @@ def test_texts_reach_the_judge_untouched(prompt, response):
 
 def test_judge_averages_votes_and_never_guesses(tmp_path):
     replies = tmp_path / "replies.jsonl"
-    replies.write_text(json.dumps({"prompt": "*", "replies": ["Score: 4", "no idea", "Score: 3"]}) + "\n")
+    asked = rubric("additive5").fill(SAMPLES[0]["prompt"], SAMPLES[0]["response"])
+    replies.write_text(json.dumps({"prompt": asked, "replies": ["Score: 4", "no idea", "Score: 3"]}) + "\n")
     judge, _ = rewards.load(f"judge model=scripted votes=3 engine='scripted file={replies}'")
-    score = rewards.apply(judge, [SAMPLES[0], {"prompt": "p", "response": None}])
+    score = rewards.apply(judge, [SAMPLES[0], {"prompt": "p", "response": None}, SAMPLES[1]])
     assert score[0].value == 3.5 and score[0].extra["votes"] == [4.0, None, 3.0] and score[0].extra["unparsed"] == ["no idea"]
     assert score[0].extra["spread"] == 0.5 and score[0].extra["n_valid"] == 2
     assert score[1].value is None and score[1].why == "there is no response"
+    assert score[2].value is None and "the judge did not answer: the script has no reply" in score[2].why
     strict, _ = rewards.load(f"judge model=scripted votes=3 min_valid=3 engine='scripted file={replies}'")
     assert strict(SAMPLES[:1])[0].value is None and "2 of 3 votes" in strict(SAMPLES[:1])[0].why
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 from ..tables import Row, messages, text
 from . import Score
 
@@ -50,7 +50,7 @@ class Coherent:
         policy, base = self.models["policy"], self.models["base"]
         self.tokenizer = load_tokenizer(policy, self.template)
         same_tokenizer(self.tokenizer, policy, base)
-        self.ends = end_ids(self.tokenizer, policy)
+        self.ends = ends_of(self.tokenizer, policy)
         self._scorers = LogProbs(policy, self.dtype, self.batch_tokens), LogProbs(base, self.dtype, self.batch_tokens)
         self.longest = min(s.longest for s in self._scorers)
 
@@ -84,7 +84,10 @@ class Coherent:
             ids = [*ids, self.ends[0]]
         if not ids:
             return "the response is empty"
-        prompt = prompt_ids(self.tokenizer, messages(sample["prompt"]))
+        try:
+            prompt = prompt_ids(self.tokenizer, messages(sample["prompt"]))
+        except DataError as error:
+            return str(error)
         if len(prompt) + len(ids) > self.longest:
             return f"prompt and response have {len(prompt) + len(ids)} tokens; the models take {self.longest}"
         return prompt, ids, truncated
@@ -127,19 +130,14 @@ def same_tokenizer(tokenizer: Any, policy: str, base: str) -> None:
             )
 
 
-def end_ids(tokenizer: Any, model: str) -> list[int]:
+def ends_of(tokenizer: Any, model: str) -> list[int]:
     """The tokens that end a response: first the one the chat template writes after an assistant turn, then the others."""
-    from transformers import GenerationConfig
+    from ..engine import base_of, end_ids
 
-    try:
-        listed = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        listed = None
-    listed = listed if isinstance(listed, list) else [listed]
-    ends = [i for i in dict.fromkeys([tokenizer.eos_token_id, *listed]) if i is not None]
+    ends = end_ids(tokenizer, base_of(model) or model)
     if not ends:
         raise ModelError(f"{model} has no EOS token, so the end of a response cannot be scored")
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=True)["input_ids"]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=False)
     written = [i for i in reversed(rendered) if i in ends]
     return list(dict.fromkeys([*written[:1], *ends]))

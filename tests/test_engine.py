@@ -1,0 +1,561 @@
+"""Real engines on a real, tiny, random Llama; a real vLLM server and a faulty one, both on loopback.
+
+    pytest tests/test_engine.py
+"""
+
+import contextlib
+import gc
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import weakref
+from pathlib import Path
+
+import pytest
+
+from rewardkit import engine as engines
+from rewardkit.engine import Completion, Refused, Scripted, Vllm, load, load_tokenizer, prompt_ids
+from rewardkit.errors import DataError, ModelError, OptionError
+from rewardkit.server import Server, Transformers
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WINDOW = 256
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+PROMPTS = [ask(text) for text in ("hello", "what is two plus two?", "abc " * 10, "z", "The capital of France", "why")]
+
+
+def build_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> str:
+    """A random Llama over bytes, with weights large enough that its answers differ from prompt to prompt."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=WINDOW, **names)
+    if template:
+        tokenizer.chat_template = template
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, initializer_range=0.35,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+        ))  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("engine") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model, tmp_path_factory):
+    """A LoRA adapter with weights that matter, in a folder of its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(tmp_path_factory.mktemp("engine") / "adapter")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, init_lora_weights=False))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm(tiny_model):
+    engine = load("vllm logprobs=true", tiny_model)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    engine = load("transformers logprobs=true", tiny_model)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["vllm", "plain"])
+def speaker(request):
+    return request.getfixturevalue(request.param)
+
+
+def ids(answers):
+    return [[c.token_ids for c in answer] for answer in answers]
+
+
+# Templates and tokenizers
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml", "tulu"])
+def test_a_builtin_template_ends_turns_and_continues_its_prompt(tiny_model, name):
+    tokenizer = load_tokenizer(tiny_model, name)
+    chat = [*ask("hi"), {"role": "assistant", "content": "yes"}]
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert whole == prompt + "yes<eos>"
+    assert tokenizer.apply_chat_template([*chat, *ask("and")], tokenize=False).startswith(whole)
+    assert prompt_ids(tokenizer, ask("hi")).count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_uses_no_bos_gets_none(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.backend_tokenizer.post_processor = None
+    assert not engines.chat_template(tokenizer, "tulu", tiny_model).startswith("{{ bos_token }}")
+
+
+def test_the_template_is_the_tokenizers_own_or_the_users(tiny_model, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    assert load_tokenizer(tiny_model).chat_template == TEMPLATE
+    mine = load_tokenizer(tiny_model, str(tmp_path / "mine.jinja"))
+    assert prompt_ids(mine, ask("ab")) == mine("ab", add_special_tokens=False).input_ids
+
+
+def test_a_missing_template_is_one_line_with_the_choices(tmp_path, tiny_model):
+    bare = build_model(tmp_path / "bare", template=None)
+    with pytest.raises(ModelError, match=r"no chat template: say template=FILE or .*chatml.*plain.*tulu") as info:
+        load_tokenizer(bare)
+    assert "\n" not in str(info.value)
+    with pytest.raises(ModelError, match="template=nosuch is neither a file nor a built-in template"):
+        load_tokenizer(tiny_model, "nosuch")
+    with pytest.raises(ModelError, match="cannot load the tokenizer of"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_prompt_ids_open_the_assistants_turn(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    found = prompt_ids(tokenizer, ask("hi"))
+    assert type(found) is list and found[0] == 1 and found.count(1) == 1
+    assert tokenizer.decode(found) == "<bos>user: hi\nassistant: "
+    with pytest.raises(DataError, match="ends with an assistant message"):
+        prompt_ids(tokenizer, [*ask("hi"), {"role": "assistant", "content": "so"}])
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        prompt_ids(tokenizer, ask("hi"))
+
+
+# Loading
+
+
+def test_wrong_engines_and_options_name_the_right_ones(tiny_model):
+    with pytest.raises(OptionError, match="unknown engine 'vlm'; did you mean 'vllm'"):
+        load("vlm", tiny_model)
+    with pytest.raises(OptionError, match="unknown option of engine 'vllm' 'templat'; did you mean 'template'"):
+        engines.check("vllm templat=x")
+    with pytest.raises(OptionError, match="'concurrency' of engine 'server' is a number"):
+        engines.check("vllm concurrency=many", "http://127.0.0.1:1/v1")
+    engines.check("vllm memory=0.5 logprobs=yes max_model_len=none")
+
+
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+def test_a_folder_without_a_model_is_one_line(tmp_path, tiny_model, name):
+    for file in Path(tiny_model).glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError) as info:
+        load(f"{name} template=plain", str(tmp_path))
+    assert str(tmp_path) in str(info.value) and "\n" not in str(info.value)
+
+
+def test_the_users_own_engine_is_a_function_in_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rewardkit.engine import Scripted\ndef loud(model, word='x'):\n    return Scripted(reply=word + model)\n"
+    )
+    made = load(f"{tmp_path}/mine.py:loud word=hey", "m")
+    assert made.generate([ask("hi")])[0][0].text == "heym"
+
+
+# What both local engines promise
+
+
+def test_greedy_answers_agree_between_vllm_and_transformers(vllm, plain):
+    ours, theirs = (e.generate(PROMPTS, temperature=0, max_tokens=40) for e in (vllm, plain))
+    assert ids(ours) == ids(theirs)
+    assert [[c.text for c in a] for a in ours] == [[c.text for c in a] for a in theirs]
+    assert vllm.facts["dtype"] == plain.facts["dtype"] == "float32"
+    assert vllm.facts["chat_template"] == plain.facts["chat_template"]
+
+
+def test_samples_come_in_order_and_differ(speaker):
+    answers = speaker.generate(PROMPTS, n=4, max_tokens=20)
+    assert [len(a) for a in answers] == [4] * len(PROMPTS)
+    assert len({tuple(c.token_ids) for a in answers for c in a}) == 4 * len(PROMPTS)
+    greedy = speaker.generate(PROMPTS[:2], n=3, temperature=0, max_tokens=5)
+    assert all(len(a) == 3 and a[0] == a[1] == a[2] for a in greedy)
+
+
+def test_seeds_decide_and_places_do_not(speaker):
+    answers = speaker.generate(PROMPTS, n=2, max_tokens=16, seed=7)
+    back = speaker.generate(PROMPTS[::-1], n=2, max_tokens=16, seed=7)
+    assert ids(back)[::-1] == ids(answers)
+    assert ids(speaker.generate(PROMPTS[3:4], n=2, max_tokens=16, seed=7)) == ids(answers[3:4])
+    assert ids(speaker.generate(PROMPTS, n=2, max_tokens=16, seed=8)) != ids(answers)
+
+
+def test_a_chunk_run_again_is_the_same_to_the_last_bit(speaker, tiny_model):
+    first, second = PROMPTS[:3], [ask("abc " * 10 + word) for word in ("x", "y")]
+    run = {"n": 2, "max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 3}
+    speaker.generate(first, **run)
+    after_another = speaker.generate(second, **run)
+    assert speaker.generate(second, **run) == after_another
+    name = "vllm" if isinstance(speaker, Vllm) else "transformers"
+    fresh = load(f"{name} logprobs=true", tiny_model)
+    try:
+        assert fresh.generate(second, **run) == after_another
+    finally:
+        fresh.close()
+
+
+def test_ends_are_kept_in_the_ids_and_not_in_the_text(speaker):
+    answers = [c for a in speaker.generate(PROMPTS, n=12, max_tokens=60, temperature=1.5) for c in a]
+    stopped = [c for c in answers if c.finish_reason == "stop"]
+    assert stopped and len(stopped) < len(answers)
+    assert all(c.token_ids[-1] == 2 and c.token_ids.count(2) == 1 and "<eos>" not in c.text for c in stopped)
+    long = [c for c in answers if c.finish_reason == "length"]
+    assert len(stopped) + len(long) == len(answers)
+    assert all(len(c.token_ids) == 60 and 2 not in c.token_ids for c in long)
+    assert all(len(c.logprobs) == len(c.token_ids) for c in answers)
+
+
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+def test_every_end_of_generation_config_stops(tmp_path, name):
+    model = build_model(tmp_path / "two-ends")
+    file = tmp_path / "two-ends/generation_config.json"
+
+    def greedy() -> Completion:
+        engine = load(name, model)
+        answer = engine.generate([ask("hello")], temperature=0, max_tokens=10)[0][0]
+        engine.close()
+        return answer
+
+    said = greedy().token_ids
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, said[3]]}))
+    answer = greedy()
+    assert answer.finish_reason == "stop" and answer.token_ids == said[: said.index(said[3]) + 1]
+
+
+def test_bad_prompts_are_refused_and_the_rest_answered(speaker):
+    tail = [*ask("hi"), {"role": "assistant", "content": "so"}]
+    answers = speaker.generate([ask("good"), ask("  "), [], ask("x" * 300), tail, ask("fine")], max_tokens=64)
+    assert [isinstance(a, Refused) for a in answers] == [False, True, True, True, True, False]
+    assert answers[1] == answers[2] == Refused("the prompt is empty")
+    assert answers[3].reason.endswith("tokens; with max_tokens=64 the model takes at most 192")
+    assert "assistant message" in answers[4].reason
+    assert speaker.generate([ask("")], max_tokens=5) == [Refused("the prompt is empty")]
+    fits = len("x" * 300) - int(answers[3].reason.split()[3]) + 192  # exactly as many characters as still fit
+    assert not isinstance(speaker.generate([ask("x" * fits)], max_tokens=64)[0], Refused)
+    assert isinstance(speaker.generate([ask("x" * (fits + 1))], max_tokens=64)[0], Refused)
+
+
+def test_impossible_settings_are_one_line(speaker):
+    with pytest.raises(OptionError, match="leaves no room for a prompt: the model takes 256 tokens in all"):
+        speaker.generate(PROMPTS)
+    with pytest.raises(OptionError, match="top_p <= 1, not n=1"):
+        speaker.generate(PROMPTS, top_p=0)
+
+
+def test_logprobs_are_the_models_own_before_temperature_and_top_p(speaker, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = load_tokenizer(tiny_model)
+    answers = speaker.generate(PROMPTS, n=2, temperature=0.7, top_p=0.9, max_tokens=30)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        start = prompt_ids(tokenizer, prompt)
+        for one in answer:
+            with torch.no_grad():
+                logp_TV = model(torch.tensor([start + one.token_ids])).logits[0].log_softmax(-1)
+            expected = logp_TV[len(start) - 1 : -1].gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(one.logprobs), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("temperature,top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_samples_follow_the_models_distribution(speaker, tiny_model, temperature, top_p):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([prompt_ids(load_tokenizer(tiny_model), ask("hello"))])).logits[0, -1]
+    p_V = (logits_V / temperature).softmax(-1)
+    if top_p < 1:
+        order_V = p_V.argsort(descending=True)
+        inside = int((p_V[order_V].cumsum(0) < top_p).sum()) + 1
+        p_V = torch.zeros_like(p_V).scatter(0, order_V[:inside], p_V[order_V[:inside]])
+        p_V = p_V / p_V.sum()
+    n = 2000
+    drawn = speaker.generate([ask("hello")], n=n, temperature=temperature, top_p=top_p, max_tokens=1)[0]
+    counts_V = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=len(p_V)).float()
+    assert counts_V[p_V == 0].sum() == 0
+    # Pearson's statistic has mean (cells - 1) and variance 2 (cells - 1): five standard deviations, rare tokens pooled.
+    common = p_V * n > 5
+    expected = torch.cat([p_V[common], p_V[~common].sum()[None]]) * n
+    seen = torch.cat([counts_V[common], counts_V[~common].sum()[None]])
+    statistic, freedom = ((seen - expected)[expected > 0] ** 2 / expected[expected > 0]).sum(), max(len(expected) - 1, 1)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_an_adapter_speaks_through_either_engine_and_is_not_its_base(adapter, vllm):
+    base = ids(vllm.generate(PROMPTS, temperature=0, max_tokens=20))
+    found = []
+    for name in ("vllm", "transformers"):
+        engine = load(name, adapter)
+        found.append(ids(engine.generate(PROMPTS, temperature=0, max_tokens=20)))
+        engine.close()
+    assert found[0] == found[1] != base
+
+
+def test_models_follow_one_another_in_one_process_and_are_freed(tiny_model, tmp_path):
+    import torch
+
+    other = build_model(tmp_path / "other", seed=5)
+    threads = torch.get_num_threads()
+    answers = []
+    for model in (tiny_model, other, tiny_model):
+        engine = load("vllm memory=0.25", model)
+        answers.append(ids(engine.generate(PROMPTS, temperature=0, max_tokens=8)))
+        held = weakref.ref(engine._llm.llm_engine)
+        engine.close()
+        engine.close()
+        gc.collect()
+        if not Vllm._running:
+            assert held() is None
+    assert answers[0] == answers[2] != answers[1]
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+
+
+def test_closing_one_of_two_models_leaves_the_other_alive(vllm, tiny_model):
+    before = vllm.generate(PROMPTS, n=2, max_tokens=8)
+    second = load("vllm", tiny_model)
+    second.generate(PROMPTS, max_tokens=8)
+    second.close()
+    assert vllm.generate(PROMPTS, n=2, max_tokens=8) == before
+
+
+# The fake
+
+
+def test_scripted_reads_replies_and_refuses_what_it_does_not_know(tmp_path):
+    rows = [{"prompt": "hi", "replies": ["one", "two words"]}, {"prompt": "bye", "replies": []}]
+    (tmp_path / "book.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    engine = load(f"scripted file={tmp_path}/book.jsonl", "scripted")
+    hi, bye, new, none = engine.generate([ask("hi"), ask("bye"), ask("new"), ask(" ")], n=3, max_tokens=1)
+    assert hi == [Completion("one", None, "stop"), Completion("two", None, "length"), Completion("one", None, "stop")]
+    assert bye == new == Refused("the script has no reply to this prompt")
+    assert none == Refused("the prompt is empty")
+
+
+def test_scripted_takes_one_reply_or_a_function():
+    assert load("scripted reply='so be it'", "scripted").generate([ask("a")], n=2)[0][1].text == "so be it"
+    echo = Scripted(function=lambda prompt: [prompt[-1]["content"], "b"])
+    assert [c.text for c in echo.generate([ask("a")], n=3)[0]] == ["a", "b", "a"]
+    with pytest.raises(OptionError, match="exactly one of"):
+        Scripted()
+
+
+# A real server
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model, "--served-model-name", "tiny",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            break
+        assert process.poll() is None and time.monotonic() < deadline, "".join(lines[-40:])
+        time.sleep(0.3)
+    yield f"http://127.0.0.1:{port}/v1"
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_server_says_what_the_model_says(address, vllm):
+    server = load("vllm", address)
+    answers = server.generate(PROMPTS, temperature=0, max_tokens=20)
+    assert isinstance(server, Server) and server.facts["model"] == "tiny"
+    assert ids(answers) == ids(vllm.generate(PROMPTS, temperature=0, max_tokens=20))
+    sampled = server.generate(PROMPTS, n=12, max_tokens=60, temperature=1.5, seed=1)
+    assert [len(a) for a in sampled] == [12] * len(PROMPTS)
+    assert ids(sampled) == ids(server.generate(PROMPTS, n=12, max_tokens=60, temperature=1.5, seed=1))
+    flat = [c for a in sampled for c in a]
+    stopped = [c for c in flat if c.finish_reason == "stop"]
+    assert stopped and all(c.token_ids[-1] == 2 and "<eos>" not in c.text for c in stopped)
+    assert all(len(c.token_ids) == 60 for c in flat if c.finish_reason == "length")
+    server.close()
+
+
+def test_a_server_refuses_a_prompt_and_a_wrong_name(address):
+    server = load("server", f"{address}#tiny")
+    good, long, none = server.generate([ask("good"), ask("x" * 400), ask("")], max_tokens=8)
+    assert len(good) == 1 and "maximum context length" in long.reason and "\n" not in long.reason
+    assert none == Refused("the prompt is empty")
+    server.close()
+    with pytest.raises(ModelError, match=r"#other: .*other.*does not exist"):
+        load("server", f"{address}#other").generate([ask("hi")], max_tokens=8)
+
+
+# A server that fails
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Fails in the way that the prompt asks for."""
+
+    protocol_version = "HTTP/1.1"
+    seen: dict[str, int] = {}
+    fields: set[str] = set()
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status: int, body: object, raw: bytes | None = None, **headers: str) -> None:
+        data = raw if raw is not None else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/locked"):
+            return self.reply(401, {"error": {"message": "bad key"}})
+        names = {"/two/models": ["a", "b"], "/v1/models": ["m"]}.get(self.path)
+        if names is None:
+            return self.reply(404, {})
+        return self.reply(200, {"object": "list", "data": [{"id": n, "object": "model"} for n in names]})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = request["messages"][-1]["content"]
+        times = Faulty.seen[fault] = Faulty.seen.get(fault, 0) + 1
+        Faulty.fields |= set(request)
+        strict = self.path.startswith("/strict")
+        if strict and "return_token_ids" in request:
+            return self.reply(400, {"error": {"message": "Unrecognized request argument supplied: return_token_ids"}})
+        if fault == "busy" and times <= 2:
+            return self.reply(429, {"error": {"message": "slow down"}}, Retry_After="0.05")
+        if fault in ("500", "400", "404", "429"):
+            return self.reply(int(fault), {"error": {"message": f"no {fault}\nsecond line"}}, Retry_After="0.05")
+        if fault == "garbage":
+            return self.reply(200, None, raw=b'{"choices": [')
+        if fault == "nothing":
+            return self.reply(200, {"object": "chat.completion", "choices": []})
+        if fault == "shape":
+            return self.reply(200, {"object": "chat.completion", "choices": [{"index": 0}]})
+        if fault == "hang":
+            time.sleep(2)
+        if fault == "cut":
+            self.close_connection = True
+            return self.connection.close()
+        count = 1 if fault == "one" else request["n"]
+        message = {"role": "assistant", "content": f"{fault} {request['seed']}"}
+        choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(count)]
+        return self.reply(200, {"object": "chat.completion", "id": "1", "model": "m", "choices": choices})
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_faults_hit_their_own_prompt_only(faulty):
+    server = load("server retries=1 timeout=1 concurrency=8", f"{faulty}/v1")
+    faults = ["fine", "500", "429", "400", "garbage", "nothing", "shape", "cut", "hang", "good"]
+    answers = dict(zip(faults, server.generate([ask(f) for f in faults], n=2), strict=True))
+    reasons = {f: a.reason for f, a in answers.items() if isinstance(a, Refused)}
+    assert len(answers["fine"]) == len(answers["good"]) == 2 and answers["fine"][0].token_ids is None
+    assert set(reasons) == set(faults) - {"fine", "good"}
+    assert all("\n" not in r for r in reasons.values())
+    assert reasons["400"] == "the server refused: no 400"
+    assert "cannot be read" in reasons["garbage"] and "cannot be read" in reasons["shape"]
+    assert "broke off" in reasons["cut"] and "in time" in reasons["hang"] and "no choices" in reasons["nothing"]
+
+
+def test_a_busy_server_is_asked_again(faulty):
+    server = load("server retries=3", f"{faulty}/v1")
+    assert server.generate([ask("busy")])[0][0].text.startswith("busy ")
+    assert Faulty.seen["busy"] == 3
+
+
+def test_a_server_that_gives_one_answer_is_asked_until_there_are_enough(faulty):
+    answers = load("server", f"{faulty}/v1").generate([ask("one")], n=3)[0]
+    assert len({c.text for c in answers}) == 3
+
+
+def test_a_server_that_knows_no_token_ids_is_not_asked_twice(faulty):
+    server = load("server concurrency=1", f"{faulty}/strict/v1#m")
+    Faulty.seen.clear()
+    answers = server.generate([ask("a"), ask("b"), ask("400")])
+    assert [isinstance(a, Refused) for a in answers] == [False, False, True]
+    assert Faulty.seen == {"a": 2, "b": 1, "400": 1}
+
+
+def test_what_would_fail_for_every_row_stops_at_once(faulty):
+    with pytest.raises(ModelError, match="no 404"):
+        load("server", f"{faulty}/v1#m").generate([ask("404")])
+    with pytest.raises(ModelError, match="does not let us in: bad key"):
+        load("server", f"{faulty}/locked#m")
+    with pytest.raises(ModelError, match=r"serves 2 models; say which: .*/two#NAME \(a, b\)"):
+        load("server", f"{faulty}/two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m"
+    with pytest.raises(ModelError, match="no server answers at"):
+        load("server", nobody)
+
+
+def test_transformers_can_be_made_directly(tiny_model):
+    engine = Transformers(tiny_model, batch_size=2)
+    (first, second) = engine.generate(PROMPTS[:2], max_tokens=4)
+    assert first[0].logprobs is None and len(second) == 1
+    engine.close()

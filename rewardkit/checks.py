@@ -63,6 +63,13 @@ def _tasks(source: Any) -> list[tuple[str, str]]:
     return []
 
 
+def _kind(source: Any) -> list[tuple[str, str]]:
+    from . import reports
+
+    reports.load(source)
+    return []
+
+
 def _exists_data(source: Any) -> None:
     from . import tables
 
@@ -73,6 +80,7 @@ def _exists_data(source: Any) -> None:
 CHECKS: dict[str, Any] = {
     "train": _train, "reward": _reward, "rule": _rule, "engine": _engine, "tasks": _tasks,
     "data": lambda source: [("data", str(source))], "prompts": lambda source: [("data", str(source))],
-    "model": lambda model: [("model", str(model))], "paths": lambda paths: [("folder", str(p)) for p in paths],
+    "model": lambda model: [("model", str(model))], "kind": _kind,
+    "paths": lambda paths: [("folder", str(p)) for p in paths if "*" not in str(p)],
     "exists data": _exists_data, "exists model": model_fingerprint, "exists folder": read_manifest,
 }  # fmt: skip

@@ -78,7 +78,7 @@ def _train(words: Annotated[list[str] | None, typer.Argument(metavar="recipe=NAM
         key, equals, value = word.partition("=")
         if not equals:
             raise OptionError(f"train takes key=value words, not '{word}': rewardkit train recipe=NAME out=FOLDER key=value ...")
-        settings[key.removeprefix("--")] = _value(value)
+        settings[key.removeprefix("--")] = value
     if words is None or "--help" in words or "-h" in words:
         _help(settings.get("recipe"))
         return
@@ -87,37 +87,22 @@ def _train(words: Annotated[list[str] | None, typer.Argument(metavar="recipe=NAM
         from .recipe import names
 
         raise OptionError(f"train needs {' and '.join(f'{k}=...' for k in missing)}; recipes: {', '.join(names())}")
-    print(verbs.train(**settings))
+    from .recipe import read_value
 
-
-def _value(text: str) -> Any:
-    """A setting from the shell: [a, b] and {k: v} are lists and mappings, the rest stays a word."""
-    if text[:1] in "[{" and text:
-        import yaml
-
-        return yaml.safe_load(text)
-    return text
+    print(verbs.train(**{k: read_value(v) for k, v in settings.items()}))
 
 
 def _help(name: str | None) -> None:
     """The settings of a recipe, or the list of recipes."""
-    from rich.console import Console
-    from rich.markup import escape
-
     from . import recipe as recipes
+    from .show import listing
 
-    console = Console()
-    if not name:
-        console.print("rewardkit train recipe=NAME out=FOLDER key=value ...\n\nRecipes (rewardkit train recipe=NAME --help):")
-        for known in recipes.names():
-            console.print(f"  [bold]{known}[/bold]  {escape(recipes.load(known).about)}")
-        return
-    loaded = recipes.load(name)
-    console.print(f"[bold]{loaded.name}[/bold]: {escape(loaded.about)}\n")
-    rows = recipes.describe(loaded)
-    width = max((len(r[0]) for r in rows), default=0)
-    for setting, default, meaning in rows:
-        console.print(f"  {setting:<{width}}  [cyan]{escape(default)}[/cyan]  {escape(meaning)}", highlight=False)
+    if name:
+        loaded = recipes.load(name)
+        listing(f"{loaded.name}: {loaded.about}", recipes.describe(loaded))
+    else:
+        about = [(known, recipes.load(known).about) for known in recipes.names()]
+        listing("rewardkit train recipe=NAME out=FOLDER key=value ...    (rewardkit train recipe=NAME --help)", about)
 
 
 for _verb in verbs.VERBS.values():

@@ -8,7 +8,8 @@ scored the plain way, and that is said. Left out: sampling, and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from .errors import ModelError
@@ -34,7 +35,9 @@ class LogProbs:
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 30
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         # transformers' sdpa ignores capped attention scores; only its eager attention is this model's own.
-        self.own_attention = "eager" if getattr(config, "attn_logit_softcapping", None) else self.model.config._attn_implementation
+        self.own_attention = (
+            "eager" if getattr(config, "attn_logit_softcapping", None) else self.model.config._attn_implementation
+        )
         self.attention = Attention()
         self.packed = not plain and self._proved()
 
@@ -78,7 +81,10 @@ class LogProbs:
             targets_K = torch.tensor(pack.targets, device=self.device)
             head = self.model.get_output_embeddings()
             size = max(1, CHUNK_LOGITS // head.weight.shape[0])
-            parts = [self._log_softmax(head(hidden_TE[at]), target) for at, target in zip(at_K.split(size), targets_K.split(size), strict=True)]
+            parts = [
+                self._log_softmax(head(hidden_TE[at]), target)
+                for at, target in zip(at_K.split(size), targets_K.split(size), strict=True)
+            ]
             return torch.cat(parts).tolist()
 
     def _hidden(self, pack: Pack) -> Any:
@@ -154,18 +160,33 @@ class LogProbs:
         return worst <= bound
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading without transformers' bars and reports; its settings come back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_causal(model: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """A frozen causal LM (LoRA adapter folders too) on the GPU if there is one, and its device."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {model}: {next(iter(str(error).splitlines()), '')}") from None
     return loaded.to(device).eval().requires_grad_(False), device

@@ -66,8 +66,8 @@ def packs(rows: Sequence[tuple[Ids, Ids]], budget: int) -> Iterable[Pack]:
         if response:
             groups.setdefault(tuple(prompt), []).append((row, response))
     pack = Pack()
-    for prompt, responses in groups.items():
-        waiting = list(responses)
+    for shared, waiting in groups.items():
+        prompt = list(shared)
         while waiting:
             room, taken = budget - len(pack.ids) - len(prompt), 0
             while taken < len(waiting) and (room := room - len(waiting[taken][1]) + 1) >= 0:
@@ -77,7 +77,7 @@ def packs(rows: Sequence[tuple[Ids, Ids]], budget: int) -> Iterable[Pack]:
                 pack = Pack()
                 continue
             taken = max(taken, 1)
-            pack.add(list(prompt), waiting[:taken])
+            pack.add(prompt, waiting[:taken])
             waiting = waiting[taken:]
     if pack.ids:
         yield pack
@@ -118,7 +118,9 @@ class Layout:
             return
         queries = [e - s for s, e, _, _ in pack.segments]
         keys = [e - s + pe - ps for s, e, ps, pe in pack.segments]
-        self.key_index = torch.cat([torch.arange(a, b) for s, e, ps, pe in pack.segments for a, b in ((ps, pe), (s, e))]).to(device)
+        self.key_index = torch.cat([torch.arange(a, b) for s, e, ps, pe in pack.segments for a, b in ((ps, pe), (s, e))]).to(
+            device
+        )
         self.ends_q, self.ends_k = (
             torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)
         )  # fmt: skip
@@ -128,14 +130,18 @@ class Layout:
         """One variable-length flash attention call; the prompt's keys are repeated before those of each response."""
         from torch.nn.attention.varlen import varlen_attn
 
-        q_THD, k_UHD, v_UHD = query[0].transpose(0, 1), key[0].transpose(0, 1)[self.key_index], value[0].transpose(0, 1)[self.key_index]
+        q_THD, k_UHD, v_UHD = (
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1)[self.key_index],
+            value[0].transpose(0, 1)[self.key_index],
+        )
         if k_UHD.shape[1] != q_THD.shape[1]:
             k_UHD, v_UHD = (x.repeat_interleave(q_THD.shape[1] // x.shape[1], dim=1) for x in (k_UHD, v_UHD))
-        out_THD = varlen_attn(
+        out_THD: Any = varlen_attn(
             q_THD.contiguous(), k_UHD, v_UHD, self.ends_q, self.ends_k, self.longest_q, self.longest, scale=scale,
             window_size=((window - 1) if window else -1, 0),
         )  # fmt: skip
-        return out_THD[None]
+        return out_THD.unsqueeze(0)
 
     def attend_in_turn(self, query: Any, key: Any, value: Any, scale: float, window: int | None, softcap: float | None) -> Any:
         """One call a segment: a prompt is plainly causal, a response sees its prompt whole and itself causally."""

@@ -1,7 +1,7 @@
 """Recipes: YAML that says which verbs to call. A leaf names a method and its settings, a composite lists steps.
 
 Everything is checked before anything runs: verbs, arguments, specs, inputs. `repeat` is the only control word, and
-`{out} {i} {next} {last}` with the recipe's own settings are the only variables; when that is not enough, write
+`{out} {i} {next} {last} {assets}` and the recipe's own settings are the only variables; when that is not enough, write
 ten lines of Python that call the verbs. The verbs are handed in (`verbs.train` does it), so this module knows none.
 """
 
@@ -20,6 +20,7 @@ from .errors import OptionError, unknown
 from .folders import read_manifest, shipped
 from .show import say
 
+ASSETS = Path(__file__).parent / "assets"  # the embedded world
 VARIABLE = re.compile(r"\{(\w+)\}")
 Verbs = Mapping[str, Callable[..., Any]]
 # An argument's checker returns (kind, path) pairs: what must exist, or be made by an earlier step.
@@ -102,7 +103,7 @@ def steps(recipe: Recipe, out: str | Path, given: Mapping[str, Any]) -> Generato
     for target in changes:
         if target not in targets:
             raise unknown(f"step of recipe '{recipe.name}'", target, targets)
-    variables = dict(plain) | {"out": str(out)}
+    variables = dict(plain) | {"out": str(out), "assets": str(ASSETS)}
     # A default may use {out} or another setting.
     variables |= {k: _fill(v, variables | {k: v}, recipe) for k, v in plain.items()}
     return (yield from _unroll(recipe, recipe.steps, variables, changes, inside=False))
@@ -205,6 +206,16 @@ def run(recipe: Recipe, out: str | Path, given: Mapping[str, Any], verbs: Verbs)
         say(f"[{len(folders) + 1}/{total}] {step.verb} -> {step.arguments['out']}")
         folders.append(str(verbs[step.verb](**step.arguments)))
         stop = step.verb == "filter" and read_manifest(folders[-1])["rows"]["out"] == 0
+
+
+def read_value(text: str) -> Any:
+    """A setting from the shell: [a, b] and {k: v} are lists and mappings, the rest stays a word."""
+    if not text.startswith(("[", "{")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise OptionError(f"cannot read the setting {text!r}: a list is written [a, b], a mapping {{k: v}}") from None
 
 
 def describe(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -59,6 +59,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     Console(stderr=True).print(grid)
 
 
+def listing(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A title and aligned columns on stdout, for help texts."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(*(Text(text, style=style) for text, style in zip(row, ("bold", "cyan", ""), strict=False)))
+    console = Console()
+    console.print(Text(title, style="bold"), "", grid, sep="\n")
+
+
 def cell(value: Any) -> str:
     """A value as a table cell: 3 decimals, thousands separated, missing as a dash, control characters shown."""
     if value is None:

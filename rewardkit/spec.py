@@ -191,6 +191,7 @@ def _scalar(value: Any, kind: Any, owner: str) -> Any:
             pairs = [p.partition(":") for p in value.split(",") if p.strip()]
             if all(colon for _, colon, _ in pairs):
                 return {k.strip(): v.strip() for k, _, v in pairs}
+        raise OptionError(f"{owner} is written as a:b,c:d, not {value!r}")
     if isinstance(kind, type):
         raise OptionError(f"{owner} should be {kind.__name__}, not {value!r}")
     return value

@@ -62,6 +62,10 @@ class Table:
             raise DataError(f"{self.name} has no column {_list(missing)}; its columns are {_list(list(self.schema))}")
         return self
 
+    def complete(self, *columns: str) -> bool:
+        """Whether no row lacks one of these columns."""
+        return not self.lazy.select(pl.any_horizontal(pl.col(columns).is_null()).any()).collect().item()
+
     def filled(self) -> Table:
         """Itself, if it has rows."""
         if not self.rows:
@@ -100,6 +104,17 @@ def open(source: str | Path | Sequence[str | Path], quarantine: bool = False) ->
     if HUB_ID.match(name) and not name.endswith(SUFFIXES):
         return _hub(name)
     raise DataError(f"there is no file or folder {name}")
+
+
+def folders_of(paths: Sequence[str]) -> list[str]:
+    """Folders, patterns expanded."""
+    found = []
+    for path in paths:
+        matches = sorted(globbing.glob(str(path))) if any(c in str(path) for c in "*?[") else [str(path)]
+        if not matches:
+            raise DataError(f"no folder matches {path}")
+        found += matches
+    return found
 
 
 def _together(parts: list[Table]) -> Table:
@@ -277,7 +292,7 @@ def nulls(folder: Path, columns: Sequence[str]) -> int:
 def samples_frame(rows: Iterable[Row]) -> pl.DataFrame:
     """Sample rows as a frame; typed by hand where a shard may hold nothing but nulls, or no row at all."""
     message = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
-    types = {
+    types: dict[str, Any] = {
         "prompt": message, "response": pl.String, "prompt_id": pl.String, "sample": pl.Int64, "model": pl.String,
         "token_ids": pl.List(pl.Int64), "finish_reason": pl.String,
     }  # fmt: skip

@@ -59,7 +59,7 @@ def generate(
         raise OptionError(f"generate takes n >= 1, max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, not {given}")
     engines.check(engine)
     source = tables.open(prompts).require("prompt").filled()
-    sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sampling: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     inputs = {"prompts": _print(source), "model": model_fingerprint(model)}
     folder = claim(out, "generate", {"model": model, "prompts": prompts, **sampling, "engine": engine}, inputs)
     if folder.finished:
@@ -267,13 +267,16 @@ def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engi
         return folder.path
     folder.begin()
     results = []
-    for spec in specs:
-        done = folder.path / f"result-{kinds.slug(spec)}.json"
-        if not done.is_file():
-            result = kinds.run(spec, model, folder.path, limit, engine)
-            with atomic(done) as part:
-                part.write_text(json.dumps(result, indent=2, default=str))
-        results.append(json.loads(done.read_text()))
+    try:
+        for spec in specs:
+            done = folder.path / f"result-{kinds.slug(spec)}.json"
+            if not done.is_file():
+                result = kinds.run(spec, model, folder.path, limit, engine)
+                with atomic(done) as part:
+                    part.write_text(json.dumps(result, indent=2, default=str))
+            results.append(json.loads(done.read_text()))
+    finally:
+        kinds.close()
     with atomic(folder.path / "results.json") as part:
         part.write_text(json.dumps({"model": model, "tasks": results}, indent=2))
     rows = [(r["task"], k, m["value"], m["stderr"], r["n"]) for r in results for k, m in r["metrics"].items()]
@@ -298,13 +301,14 @@ def publish(path: str, repo: str, private: bool = False, dry_run: str | None = N
 def report(paths: list[str], out: str, kind: str = "compare") -> Path:
     """Put results side by side, as a table, Markdown, CSV and PNG.
 
-    paths: finished folders: eval results (compare), scored tables (agreement), kept and other tables (filter).
+    paths: finished folders, or patterns such as "runs/*/scored".
     out: the folder to write.
-    kind: compare, agreement or filter.
+    kind: compare (eval results), agreement (scored tables) or filter (kept and other tables).
     """
-    from . import reports
+    from . import reports, tables
 
     run = reports.load(kind)
+    paths = tables.folders_of(paths)
     inputs = {
         str(i): {"path": p, "finished": read_manifest(p)["files"] or read_manifest(p).get("results")} for i, p in enumerate(paths)
     }
@@ -312,7 +316,7 @@ def report(paths: list[str], out: str, kind: str = "compare") -> Path:
     if folder.finished:
         return folder.path
     folder.begin()
-    return folder.finish(**run([Path(p) for p in paths], folder.path))
+    return folder.finish(results=run([Path(p) for p in paths], folder.path))
 
 
 def _print(source: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ WRONG = [
     (("score", "--data", "other.parquet", "--reward", "text kind=length", "--out", "o"), "its columns are 'question', 'reply'"),
     (("filter", "--data", "rows.parquet", "--rule", "tpo k=1", "--out", "o"), "unknown rule 'tpo'; did you mean 'top'?"),
     (("filter", "--data", "rows.parquet", "--rule", "top k=1", "--out", "o"), "reads column 'score'; the columns are prompt"),
-    (("filter", "--data", "rows.parquet", "--rule", "all", "--columns", "prompt", "--out", "o"), "'a:b,c:d'"),
+    (("filter", "--data", "rows.parquet", "--rule", "all", "--columns", "prompt", "--out", "o"), "is written as a:b,c:d"),
     (("generate", "--model", "hollow", "--prompts", "rows.parquet", "--out", "o"), "hollow has no weights"),
     (("generate", "--model", "sft", "--prompts", "rows.parquet", "--out", "o", "--n", "0"), "n >= 1"),
     (("generate", "--model", "sft", "--prompts", "rows.parquet", "--out", "o", "--engine", "vlm"), "did you mean 'vllm'?"),

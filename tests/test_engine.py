@@ -96,7 +96,7 @@ def vllm(tiny_model):
 
 @pytest.fixture(scope="module")
 def plain(tiny_model):
-    engine = load("transformers logprobs=true", tiny_model)
+    engine = load("transformers logprobs=true batch_size=250", tiny_model)
     yield engine
     engine.close()
 
@@ -223,8 +223,7 @@ def test_a_chunk_run_again_is_the_same_to_the_last_bit(speaker, tiny_model):
     speaker.generate(first, **run)
     after_another = speaker.generate(second, **run)
     assert speaker.generate(second, **run) == after_another
-    name = "vllm" if isinstance(speaker, Vllm) else "transformers"
-    fresh = load(f"{name} logprobs=true", tiny_model)
+    fresh = load("vllm logprobs=true" if isinstance(speaker, Vllm) else "transformers logprobs=true", tiny_model)
     try:
         assert fresh.generate(second, **run) == after_another
     finally:
@@ -295,7 +294,7 @@ def test_logprobs_are_the_models_own_before_temperature_and_top_p(speaker, tiny_
             assert torch.allclose(torch.tensor(one.logprobs), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("temperature,top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+@pytest.mark.parametrize("temperature,top_p", [(1.0, 1.0), (0.7, 0.6)])
 def test_samples_follow_the_models_distribution(speaker, tiny_model, temperature, top_p):
     import torch
     from transformers import AutoModelForCausalLM
@@ -309,7 +308,7 @@ def test_samples_follow_the_models_distribution(speaker, tiny_model, temperature
         inside = int((p_V[order_V].cumsum(0) < top_p).sum()) + 1
         p_V = torch.zeros_like(p_V).scatter(0, order_V[:inside], p_V[order_V[:inside]])
         p_V = p_V / p_V.sum()
-    n = 2000
+    n = 1000
     drawn = speaker.generate([ask("hello")], n=n, temperature=temperature, top_p=top_p, max_tokens=1)[0]
     counts_V = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=len(p_V)).float()
     assert counts_V[p_V == 0].sum() == 0
@@ -392,8 +391,11 @@ def address(tiny_model):
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model, "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        # vLLM 0.32 on the CPU dies of a seeded request whose prompt it splits.
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096",
     ]  # fmt: skip
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Without the worker process of its own it starts in half the time.
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
     )
@@ -410,7 +412,7 @@ def address(tiny_model):
     yield f"http://127.0.0.1:{port}/v1"
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
+        process.wait(3)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -459,7 +461,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # who waits too long has gone
+            self.wfile.write(data)
 
     def do_GET(self) -> None:
         if self.path.startswith("/locked"):

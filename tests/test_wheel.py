@@ -94,10 +94,12 @@ def test_help_and_recipes_need_no_extra(installed, tmp_path):
 
 
 def test_tables_are_filtered_without_any_extra(installed, tmp_path):
-    rows = [{"prompt": "p", "response": "r", "score": n / 4} for n in range(4)]
+    rows = [{"prompt": "p", "response": "r", "score": n / 4, "correct": n != 2} for n in range(4)]
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(installed, tmp_path, "filter", "--data", "scored.jsonl", "--rule", "threshold min=0.5", "--out", "kept")
     assert (done.returncode, done.stdout) == (0, "kept\n"), done.stderr
+    plot = run(installed, tmp_path, "report", "--paths", "kept", "--out", "report", "--kind", "filter")
+    assert plot.returncode == 1 and "pip install 'rewardkit[plot]'" in plot.stderr.splitlines()[-1], plot.stderr
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("transformers", "models")])

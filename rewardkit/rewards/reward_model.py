@@ -44,20 +44,26 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        from ..engine import base_of
+        from ..logprobs import quiet
         from ..texts import reward_model_tokenizer
 
         path = self.models["path"]
         self._tokenizer = reward_model_tokenizer(path, self.template)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        # The base of an adapter is a language model, which knows nothing of one label.
+        labels = {"num_labels": 1} if base_of(path) else {}
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
+            with quiet():
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **labels
+                )
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the reward model {path}: {next(iter(str(error).splitlines()), '')}") from None
         if model.config.num_labels != 1:
             raise ModelError(f"{path} has {model.config.num_labels} labels; a reward model has 1")
+        model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._longest = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
 

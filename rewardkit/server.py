@@ -1,0 +1,278 @@
+"""The engines that are not vLLM in this process: plain transformers, and a model behind an address.
+
+`Transformers` is for machines and models that vLLM does not take; `Server` speaks the OpenAI chat protocol, which vLLM,
+llama.cpp, the large providers and most gateways understand. Both keep the promises that `engine.py` states, as far as they
+can: a server has its own chat template, and whether its seeds mean anything is its own affair.
+
+Left out: log-probabilities from servers, and starting or stopping a server.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .engine import (
+    Answers,
+    Completion,
+    Refused,
+    admit,
+    base_of,
+    decode,
+    empty,
+    end_ids,
+    load_tokenizer,
+    one_line,
+    prompt_seed,
+    settings,
+)
+from .errors import ModelError, need
+from .folders import digest
+from .tables import Messages
+
+
+class Transformers:
+    """Plain transformers, where vLLM cannot run: batches of `batch_size` rows, shortest prompts first, padded on the left.
+
+    It samples with one random stream per row (see `_Sampler`), so it keeps the same promise as vLLM: the same prompt gives
+    the same samples wherever it stands, and the same chunk the same bits.
+    """
+
+    def __init__(
+        self, model: str, template: str | None = None, dtype: str = "auto", batch_size: int = 32, logprobs: bool = False
+    ) -> None:
+        transformers = need("transformers", "models")
+        import torch
+
+        base = base_of(model)
+        if base:
+            need("peft", "train")  # transformers loads the adapter onto its base through it
+        self._tokenizer = load_tokenizer(model, template)
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._ends = end_ids(self._tokenizer, base or model)
+        try:
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            ).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"transformers cannot load {model}: {one_line(error)}") from None
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model.to(self._device)
+        # The model's own sampling defaults (top_k, repetition penalty) would be mixed into ours.
+        pad = self._tokenizer.pad_token_id
+        self._model.generation_config = transformers.GenerationConfig(eos_token_id=self._ends, pad_token_id=pad)
+        self._window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._batch_size, self._logprobs = batch_size, logprobs
+        self.name = f"transformers {importlib.metadata.version('transformers')} ({self._device})"
+        self.facts = {
+            "dtype": str(self._model.dtype).removeprefix("torch."), "max_model_len": self._window,
+            "chat_template": digest(self._tokenizer.chat_template), "batch_size": batch_size,
+        }  # fmt: skip
+
+    def generate(
+        self, prompts: Sequence[Messages], n: int = 1, temperature: float = 1.0, top_p: float = 1.0,
+        max_tokens: int = 1024, seed: int = 0,
+    ) -> Answers:  # fmt: skip
+        """`n` samples for each prompt, in order."""
+        settings(n, temperature, top_p, max_tokens, self._window)
+        inputs = [admit(self._tokenizer, prompt, max_tokens, self._window) for prompt in prompts]
+        answers: Answers = [ids if isinstance(ids, Refused) else [] for ids in inputs]
+        rows = [
+            (place, ids, prompt_seed(prompts[place], seed) + k)
+            for place, ids in enumerate(inputs) if not isinstance(ids, Refused) for k in range(n if temperature else 1)
+        ]  # fmt: skip
+        rows.sort(key=lambda row: len(row[1]))  # stable: the samples of a prompt stay in order
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            made = self._batch([ids for _, ids, _ in batch], _Sampler([s for _, _, s in batch], temperature, top_p), max_tokens)
+            for (place, _, _), completion in zip(batch, made, strict=True):
+                answer = answers[place]
+                assert isinstance(answer, list)
+                answer += [completion] * (1 if temperature else n)
+        return answers
+
+    def _batch(self, rows: list[list[int]], sampler: _Sampler, max_tokens: int) -> list[Completion]:
+        import torch
+
+        batch = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self._device)
+        with torch.inference_mode():
+            ids_BT = self._model.generate(**batch, max_new_tokens=max_tokens, do_sample=False, logits_processor=[sampler])
+        new_BT = ids_BT[:, batch["input_ids"].shape[1] :].tolist()
+        logp_BT = torch.stack(sampler.logp, dim=1).tolist() if self._logprobs else None
+        kept = [ids[: next((t + 1 for t, i in enumerate(ids) if i in self._ends), len(ids))] for ids in new_BT]
+        return [
+            Completion(text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None)
+            for row, (ids, text) in enumerate(zip(kept, decode(self._tokenizer, kept, self._ends), strict=True))
+        ]
+
+    def close(self) -> None:
+        """Free the model."""
+        import gc
+
+        import torch
+
+        self._model = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class _Sampler:
+    """Temperature, top-p and a random stream of its own for every row, as a logits processor.
+
+    transformers draws all rows from one global stream, so that a row's samples would depend on its neighbours. The draw is
+    argmax p/e with e ~ Exp(1), which picks token i with probability p_i. Everything but the choice is set to -inf.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, top_p: float) -> None:
+        self.seeds, self.temperature, self.top_p = seeds, temperature, top_p
+        self.streams: list[Any] = []
+        self.logp: list[Any] = []  # of the chosen tokens, one (B,) a step, before temperature and top-p
+
+    def __call__(self, ids_BT: Any, logits_BV: Any) -> Any:
+        import torch
+
+        choice_B = self._draw(logits_BV.float()) if self.temperature else logits_BV.argmax(-1)
+        choice_B1 = choice_B[:, None]
+        self.logp.append(logits_BV.float().log_softmax(-1).gather(1, choice_B1)[:, 0])
+        return torch.full_like(logits_BV, float("-inf")).scatter(1, choice_B1, 0.0)
+
+    def _draw(self, logits_BV: Any) -> Any:
+        import torch
+
+        if not self.streams:
+            self.streams = [torch.Generator(logits_BV.device).manual_seed(seed) for seed in self.seeds]
+        p_BV = (logits_BV / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True)
+            outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p  # the first token is always inside
+            p_BV = p_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(-1)), 0.0)
+        noise_BV = torch.empty_like(p_BV)
+        for row, stream in zip(noise_BV, self.streams, strict=True):
+            row.exponential_(generator=stream)
+        return (p_BV / noise_BV).argmax(-1)
+
+
+class Server:
+    """A model behind an OpenAI-compatible address: http://host:port/v1#model (without #model: the only one it serves).
+
+    concurrency: requests under way at once. timeout: seconds a request may take. retries: of a request that was refused for
+    load (429), failed (5xx) or timed out, with growing pauses. key_env: the variable that holds the key, if one is needed.
+    Token ids are asked for and kept where the server gives them (vLLM does). A vLLM 0.32 server on a CPU must be started
+    with --no-enable-chunked-prefill: it dies of a seeded request whose prompt it splits.
+    """
+
+    def __init__(
+        self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY"
+    ) -> None:
+        openai: Any = need("openai", "models")
+        self._openai, self._concurrency = openai, concurrency
+        self._url, _, self._model = model.partition("#")
+        # A server on one's own machine asks for no key, but the client insists on having one.
+        key = os.environ.get(key_env) or "none"
+        self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=retries)
+        self._wants_ids: bool | None = None  # None: not known yet whether the server takes `return_token_ids`
+        served = self._served()
+        if not self._model:
+            if len(served) != 1:
+                choices = ", ".join(served) or "it names none"
+                raise ModelError(f"{self._url} serves {len(served)} models; say which: {self._url}#NAME ({choices})")
+            self._model = served[0]
+        self.name = "server"
+        self.facts: dict[str, Any] = {"url": self._url, "model": self._model}
+
+    def _served(self) -> list[str]:
+        """The models of the server; also the proof that there is one."""
+        error = self._openai
+        try:
+            return [one.id for one in self._client.with_options(max_retries=1, timeout=30).models.list().data or []]
+        except (error.AuthenticationError, error.PermissionDeniedError) as refusal:
+            raise ModelError(f"{self._url} does not let us in: {_reason(refusal)}; is the key set (key_env=NAME)?") from None
+        except error.APIConnectionError as failure:
+            raise ModelError(f"no server answers at {self._url}: {_reason(failure)}") from None
+        except (error.APIError, ValueError, TypeError, AttributeError):
+            return []  # not every server keeps a list; a wrong name shows at the first request
+
+    def generate(
+        self, prompts: Sequence[Messages], n: int = 1, temperature: float = 1.0, top_p: float = 1.0,
+        max_tokens: int = 1024, seed: int = 0,
+    ) -> Answers:  # fmt: skip
+        """`n` samples for each prompt, in order; one request a prompt."""
+        settings(n, temperature, top_p, max_tokens)
+        sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+
+        def answer(prompt: Messages) -> list[Completion] | Refused:
+            return self._answer(prompt, n, seed, sampling)
+
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            try:
+                return list(pool.map(answer, prompts))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _answer(self, prompt: Messages, n: int, seed: int, sampling: dict[str, Any]) -> list[Completion] | Refused:
+        error = self._openai
+        if empty(prompt):
+            return Refused("the prompt is empty")
+        wanted = n if sampling["temperature"] else 1
+        choices: list[Any] = []
+        try:
+            while len(choices) < wanted:  # some servers give one answer, whatever n says
+                place = {"n": wanted - len(choices), "seed": (prompt_seed(prompt, seed) + len(choices)) % 2**31}
+                got = self._ask(prompt, sampling | place).choices
+                if not got:
+                    return Refused("the server's answer holds no choices")
+                choices += got[: wanted - len(choices)]
+            return [_completion(choice) for choice in choices] * (1 if sampling["temperature"] else n)
+        except (error.NotFoundError, error.AuthenticationError, error.PermissionDeniedError) as refusal:
+            raise ModelError(f"{self._url}#{self._model}: {_reason(refusal)}") from None
+        except error.APITimeoutError:
+            return Refused("the server did not answer in time")
+        except error.APIConnectionError as failure:
+            self._served()  # raises if the server is gone, and then it is not the prompt's fault
+            return Refused(f"the server broke off: {_reason(failure)}")
+        except error.APIError as failure:
+            return Refused(f"the server refused: {_reason(failure)}")
+        except (ValueError, TypeError, AttributeError) as failure:
+            return Refused(f"the server's answer cannot be read: {one_line(failure)}")
+
+    def _ask(self, prompt: Messages, sampling: dict[str, Any]) -> Any:
+        """One request, with `return_token_ids` unless the server is known to reject it."""
+        def ask(**extra: Any) -> Any:
+            return self._client.chat.completions.create(model=self._model, messages=prompt, **sampling, **extra)
+
+        if self._wants_ids is False:
+            return ask()
+        try:
+            answer = ask(extra_body={"return_token_ids": True})
+        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
+            if self._wants_ids:
+                raise
+            answer = ask()  # it was the field, or the prompt, in which case this fails too
+            self._wants_ids = False
+            return answer
+        self._wants_ids = True
+        return answer
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+def _completion(choice: Any) -> Completion:
+    ids = getattr(choice, "token_ids", None)
+    return Completion(choice.message.content or "", ids, "length" if choice.finish_reason == "length" else "stop")
+
+
+def _reason(error: Exception) -> str:
+    """What a server said, in one line: its own message where it gave one."""
+    body = getattr(error, "body", None)
+    told = body.get("message") if isinstance(body, dict) else None
+    if told:
+        return one_line(ValueError(told))
+    return one_line(error) + (f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else "")

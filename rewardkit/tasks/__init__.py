@@ -1,0 +1,118 @@
+"""Tasks: weights -> evidence. A task is a function `(model, out, limit, engine, **options) -> Result`.
+
+    Result = {"task": name, "n": samples, "metrics": {metric: {"value": 0.61, "stderr": 0.03}}, "settings": {...}}
+
+Beside the result a task writes `samples-NAME.jsonl` into `out`: id, prompt, response, target and the metrics of every
+sample, so that two runs can be compared on the same questions. A name that is neither in TASKS nor `file.py:function` is
+an lm-eval task: `gsm8k data=FOLDER shots=5` means `lm_eval task=gsm8k data=FOLDER shots=5`. Left out: judging of open-ended
+answers, which needs a judge and will be a task of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import spec as specs
+from ..errors import OptionError
+from ..folders import atomic, digest, sha256
+from ..spec import Spec
+
+TASKS = {"lm_eval": "rewardkit.tasks.lm_eval:lm_eval", "accuracy": "rewardkit.tasks.accuracy:accuracy"}
+GIVEN = ("model", "out", "limit", "engine")  # what `run` supplies
+DATA = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".arrow")
+Result = dict[str, Any]
+
+
+def parse(tasks: str | Sequence[Any] | Mapping[str, Any] | Spec) -> list[Spec]:
+    """`gsm8k data=FOLDER, accuracy data='a, b.jsonl'` (or a list of specs) as checked specs; a comma in quotes is a comma."""
+    if isinstance(tasks, str):
+        parts: Sequence[Any] = re.split(r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""", tasks)
+    else:
+        parts = [tasks] if isinstance(tasks, (Mapping, Spec)) else list(tasks)
+    found = [_spec(part) for part in parts if not (isinstance(part, str) and not part.strip())]
+    for one in found:
+        if len([other for other in found if slug(other) == slug(one)]) > 1:
+            raise OptionError(f"two tasks are called '{slug(one)}': give one of them label=NAME")
+        function = specs.resolve(one, TASKS, "task")
+        specs.check(function, one.options, f"task '{one.options.get('task', one.name)}'", hidden=GIVEN, partial=specs.own(one))
+    return found
+
+
+def _spec(source: Any) -> Spec:
+    """One spec; what we do not know by name is lm-eval's."""
+    one = specs.parse(source)
+    if one.name in TASKS or specs.own(one):
+        return one
+    return Spec("lm_eval", {"task": one.name, **one.options})
+
+
+def slug(spec: Spec) -> str:
+    """The name of a task in file names and reports: its label, else its lm-eval name, else its function."""
+    name = spec.options.get("label") or spec.options.get("task") or spec.name.rpartition(":")[2]
+    return re.sub(r"[^\w.-]+", "-", str(name))
+
+
+def fingerprint(spec: Spec) -> str | None:
+    """A hash of the files that a task reads through data=; None where it reads none."""
+    data = spec.options.get("data")
+    if not data:
+        return None
+    path = Path(str(data)).expanduser()
+    if not path.is_dir():
+        from .. import tables
+
+        return tables.open(str(data)).fingerprint
+    name = str(spec.options.get("task") or "part")
+    files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name.endswith(DATA)]
+    # A folder may hold the data of many tasks: files that carry this task's name are its own.
+    return digest([sha256(f) for f in ([f for f in files if f.name.startswith(name)] or files)])
+
+
+def run(spec: Spec | str, model: str, out: Path, limit: int | None, engine: str, **given: Any) -> Result:
+    """Run one task and return its result. `given` reaches the tasks that ask for it by name."""
+    one = _spec(spec)
+    made = specs.build(one, TASKS, "task", model=model, out=Path(out), limit=limit, engine=engine, **given)
+    result = made() if specs.own(one) else made
+    return _checked(result, slug(one)) if specs.own(one) else result
+
+
+def _checked(result: Any, name: str) -> Result:
+    """The result of a user's own task: plain numbers are metrics without a stderr."""
+    metrics = result.get("metrics", result) if isinstance(result, Mapping) else None
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise OptionError(f"task '{name}' should return {{'metrics': {{name: number}}}}, not {str(result)[:80]!r}")
+    whole = {}
+    for key, value in metrics.items():
+        pair = value if isinstance(value, Mapping) else {"value": value}
+        if not isinstance(pair.get("value"), (int, float, type(None))):
+            raise OptionError(f"task '{name}' returned {pair.get('value')!r} for the metric '{key}', not a number")
+        whole[str(key)] = {"value": pair.get("value"), "stderr": pair.get("stderr")}
+    rest = result if "metrics" in result else {}
+    return {"task": name, "n": rest.get("n", 0), "metrics": whole, "settings": rest.get("settings", {})}
+
+
+def write_samples(out: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`samples-NAME.jsonl`; rows about the same question get the same id in every run."""
+    seen: dict[str, int] = {}
+    with atomic(out / f"samples-{name}.jsonl") as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            count = seen[row["id"]] = seen.get(row["id"], -1) + 1
+            file.write(json.dumps({**row, "id": f"{row['id']}-{count}"}, ensure_ascii=False, default=str) + "\n")
+
+
+def close() -> None:
+    """Let go of the model that the last lm-eval task kept for the next one."""
+    module = sys.modules.get(f"{__name__}.lm_eval")
+    if module:
+        module.load.cache_clear()
+
+
+def evals() -> Path:
+    """The shipped task files: inside the package in a wheel, at the top of a clone."""
+    here = Path(__file__).resolve()
+    return next((p for p in (here.parents[1] / "evals", here.parents[2] / "evals") if p.is_dir()), here.parents[1] / "evals")

@@ -1,0 +1,50 @@
+"""The text a reward model reads, and its tokens: one place, so that training and scoring cannot drift apart.
+
+Prompt and response are rendered by the tokenizer's chat template; one that has none (an encoder such as BERT) gets the
+built-in `question` template, which is then saved with the model. Special tokens ([CLS] and [SEP], a BOS) are added
+unless the rendered text already opens with one. Left out: truncation. A pair that is too long is the caller's to drop
+or to leave unscored, because a cut text is another text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .tables import Messages
+
+QUESTION = Path(__file__).parent / "prompts" / "templates" / "question.jinja"
+
+
+def reward_model_tokenizer(model: str, template: str | None = None) -> Any:
+    """The tokenizer of a reward model, with its template (a file or a built-in name) and a padding token."""
+    from transformers import AutoTokenizer
+
+    from .engine import load_tokenizer
+
+    if template is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the tokenizer of {model}: {next(iter(str(error).splitlines()), '')}") from None
+        if not tokenizer.chat_template:
+            template = "question"
+    tokenizer = load_tokenizer(model, str(QUESTION) if template == "question" else template)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {model} has neither a padding nor an end token; a batch cannot be padded")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def reward_model_text(tokenizer: Any, prompt: Messages, response: str) -> str:
+    """Prompt and response as one text."""
+    return tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+
+
+def reward_model_ids(tokenizer: Any, prompt: Messages, response: str) -> list[int]:
+    """The tokens of `reward_model_text`, all of them."""
+    rendered = reward_model_text(tokenizer, prompt, response)
+    opens = any(token and rendered.startswith(token) for token in (tokenizer.bos_token, tokenizer.cls_token))
+    return list(tokenizer(rendered, add_special_tokens=not opens)["input_ids"])

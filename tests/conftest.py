@@ -1,0 +1,48 @@
+"""What all tests share: no network, no talk, and the folders that some of them read.
+
+Tests marked `data` read the real data in the folder that REWARDKIT_DATA names. Without it they are deselected, and
+the last lines of the run say so: a test that did not run must not look like one that passed.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library is imported: some of them read these only once.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["REWARDKIT_QUIET"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("REWARDKIT_DATA") or ROOT.parent / "shared" / "data")
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the data folder, leave out the tests that read it."""
+    if DATA.is_dir():
+        return
+    without = [item for item in items if item.get_closest_marker("data")]
+    if without:
+        items[:] = [item for item in items if item not in without]
+        config.stash[LEFT_OUT] = len(without)
+        config.hook.pytest_deselected(items=without)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests did not run, and what they need."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests marked `data` did not run: REWARDKIT_DATA names no folder", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with the real data; for tests marked `data`."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def world() -> Path:
+    """The embedded world: a tiny base, demonstrations, prompts, and prompts held out."""
+    return ROOT / "rewardkit" / "assets" / "world"

@@ -1,0 +1,231 @@
+"""Tasks on real engines: lm-eval's own gsm8k over local files, accuracy over transformers and over the scripted engine."""
+
+import json
+
+import polars as pl
+import pytest
+import tiny
+
+from rewardkit import tasks
+from rewardkit.errors import DataError, ModelError, OptionError
+from rewardkit.tasks.accuracy import is_right, number
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Llama that is long enough for five examples of gsm8k."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    yield str(tiny.llama(folder, hidden_size=32, num_hidden_layers=1, max_position_embeddings=4096))
+    tasks.close()
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """gsm8k-shaped data: six examples and four questions."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for split, count in (("train", 6), ("test", 4)):
+        rows = [{"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(count)]
+        pl.DataFrame(rows).write_parquet(folder / f"gsm8k_{split}.parquet")
+    return folder
+
+
+def run(text, model, out, limit=None, engine="transformers"):
+    out.mkdir(exist_ok=True)
+    return tasks.run(tasks.parse(text)[0], model, out, limit, engine)
+
+
+def samples(out, name):
+    return [json.loads(line) for line in (out / f"samples-{name}.jsonl").read_text().splitlines()]
+
+
+# Specs
+
+
+def test_a_name_we_do_not_know_is_lm_evals():
+    (one, two) = tasks.parse("gsm8k data='a, b' shots=5, accuracy data=x.jsonl")
+    assert (one.name, one.options) == ("lm_eval", {"task": "gsm8k", "data": "a, b", "shots": "5"})
+    assert (two.name, tasks.slug(two)) == ("accuracy", "accuracy")
+    assert tasks.parse([{"name": "gsm8k", "shots": 5}, "ifeval"])[0].options == {"task": "gsm8k", "shots": 5}
+    assert tasks.parse([]) == tasks.parse("") == []
+
+
+def test_two_tasks_of_one_name_need_labels():
+    with pytest.raises(OptionError, match="two tasks are called 'gsm8k'"):
+        tasks.parse("gsm8k, gsm8k shots=0")
+    assert [tasks.slug(s) for s in tasks.parse("gsm8k, gsm8k shots=0 label=zero-shot")] == ["gsm8k", "zero-shot"]
+
+
+@pytest.mark.parametrize("text", ["gsm8k shotz=5", "accuracy", "accuracy data=x tokens=3", "gsm8k shots=many", "gsm8k 'open"])
+def test_a_wrong_option_is_found_before_anything_is_loaded(text):
+    with pytest.raises(OptionError):
+        tasks.parse(text)
+
+
+def test_the_fingerprint_follows_the_files_of_the_task(sums):
+    spec = tasks.parse(f"gsm8k data={sums}")[0]
+    before = tasks.fingerprint(spec)
+    (sums / "other.parquet").write_bytes((sums / "gsm8k_train.parquet").read_bytes())
+    assert tasks.fingerprint(spec) == before
+    pl.DataFrame({"question": ["q"], "answer": ["a"]}).write_parquet(sums / "gsm8k_test.parquet")
+    assert tasks.fingerprint(spec) != before
+    assert tasks.fingerprint(tasks.parse("gsm8k")[0]) is None
+
+
+def test_every_shipped_task_file_names_itself():
+    for file in tasks.evals().glob("*.yaml"):
+        assert f"\ntask: {file.stem}\n" in file.read_text()
+
+
+# lm-eval
+
+
+def test_gsm8k_over_local_files(model, sums, tmp_path):
+    result = run(f"gsm8k data={sums} max_tokens=8", model, tmp_path / "out")
+    assert set(result["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert result["n"] == 4
+    assert result["settings"]["shots"] == {"gsm8k": 5}
+    assert result["settings"]["data"]["test"]["rows"] == 4
+    rows = samples(tmp_path / "out", "gsm8k")
+    assert len({r["id"] for r in rows}) == 4
+    assert rows[1]["prompt"].endswith("Question: What is 1 + 1?\nAnswer:")
+    assert rows[1]["prompt"].count("####") == 5
+    assert set(rows[1]["metrics"]) == set(result["metrics"])
+
+
+def test_the_numbers_are_simple_evaluates(model, sums, tmp_path):
+    """Ours calls lm-eval's `evaluate`; its own front door gives the same prompts and answers."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from rewardkit.tasks import lm_eval as ours
+
+    run(f"gsm8k data={sums} shots=2 max_tokens=8", model, tmp_path / "out")
+    parts, _ = ours._find("gsm8k", str(sums), 2)
+    lm = ours.load(*ours._weights(model), 16)
+    theirs = simple_evaluate(
+        model=lm, tasks=parts, num_fewshot=2, gen_kwargs={"max_gen_toks": 8}, task_manager=TaskManager(include_defaults=False)
+    )
+    strict = [s for s in theirs["samples"]["gsm8k"] if s["filter"] == "strict-match"]
+    rows = samples(tmp_path / "out", "gsm8k")
+    assert [(r["prompt"], r["response"]) for r in rows] == [(s["arguments"][0][0], s["resps"][0][0]) for s in strict]
+
+
+def test_chat_template_and_few_shot_as_turns(model, sums, tmp_path):
+    run(f"gsm8k data={sums} shots=1 max_tokens=4 template=true", model, tmp_path / "out", limit=1)
+    prompt = samples(tmp_path / "out", "gsm8k")[0]["prompt"]
+    assert prompt.startswith("<|user|>Question:") and prompt.endswith("<|assistant|>")
+    assert prompt.count("<|user|>") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("data=nowhere", "there is no file or folder nowhere"),
+        ("data={sums}/gsm8k_test.parquet", "has no 'train' split .* shots=0 needs none"),
+        ("data={sums} shots=7", "has 6 rows to take 7 examples from"),
+        ("data={sums} max_tokens=5000", "answers of 5000 tokens and the model holds 4096"),
+    ],
+)
+def test_one_line_for_what_the_user_can_fix(model, sums, tmp_path, options, message):
+    with pytest.raises((DataError, OptionError), match=message):
+        run(f"gsm8k {options.format(sums=sums)}", model, tmp_path / "out")
+
+
+def test_a_single_file_is_the_measured_split(model, sums, tmp_path):
+    result = run(f"gsm8k data={sums}/gsm8k_test.parquet shots=0 max_tokens=4", model, tmp_path / "out", limit=2)
+    assert result["n"] == 2
+
+
+def test_a_missing_column_is_named(model, sums, tmp_path):
+    pl.DataFrame({"question": ["q"], "reply": ["a"]}).write_parquet(sums / "gsm8k_test.parquet")
+    with pytest.raises(DataError, match="has no column 'answer'; its columns are 'question', 'reply'"):
+        run(f"gsm8k data={sums}", model, tmp_path / "out")
+
+
+def test_an_unknown_task_names_its_neighbours(model, tmp_path):
+    with pytest.raises(OptionError, match="unknown task 'gms8k'.*did you mean 'gsm8k'"):
+        run("gms8k", model, tmp_path / "out")
+
+
+def test_a_model_that_is_not_there(sums, tmp_path):
+    with pytest.raises(ModelError, match="there is no model folder"):
+        run(f"gsm8k data={sums}", str(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(ModelError, match="has no config.json"):
+        run(f"gsm8k data={sums}", str(sums), tmp_path / "out")
+
+
+def test_another_engine_is_refused(model, sums, tmp_path):
+    with pytest.raises(OptionError, match="run on engine=transformers, not 'vllm'"):
+        run(f"gsm8k data={sums}", model, tmp_path / "out", engine="vllm")
+
+
+@pytest.mark.data
+def test_real_gsm8k_five_shots(model, data_folder, tmp_path):
+    result = run(f"gsm8k data={data_folder} max_tokens=16", model, tmp_path / "out", limit=4)
+    assert result["n"] == 4 and result["settings"]["data"]["train"]["rows"] == 7473
+    assert samples(tmp_path / "out", "gsm8k")[0]["prompt"].count("\n#### ") == 5
+
+
+# accuracy
+
+
+@pytest.fixture
+def quiz(tmp_path):
+    """Four questions; the script answers three, two of them rightly."""
+    rows = [("2+2", "4", "add"), ("3+3", "6", "add"), ("abc", "cba", "reverse"), ("xy", "yx", "reverse")]
+    pl.DataFrame([{"prompt": [{"role": "user", "content": p}], "answer": a, "kind": k} for p, a, k in rows]).write_parquet(
+        tmp_path / "quiz.parquet"
+    )
+    replies = {"2+2": " 4\n", "3+3": "it is 7", "abc": "cba"}
+    lines = [json.dumps({"prompt": prompt, "replies": [reply]}) + "\n" for prompt, reply in replies.items()]
+    (tmp_path / "script.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_accuracy_overall_and_by_kind(quiz):
+    result = run(f"accuracy data={quiz}/quiz.parquet", "scripted", quiz / "out", engine=f"scripted file={quiz}/script.jsonl")
+    assert result["n"] == 4
+    assert result["metrics"] == {
+        "accuracy": {"value": 0.5, "stderr": 0.25},
+        "accuracy/add": {"value": 0.5, "stderr": pytest.approx(0.5 / 2**0.5)},
+        "accuracy/reverse": {"value": 0.5, "stderr": pytest.approx(0.5 / 2**0.5)},
+    }
+    assert result["settings"]["refused"] == 1
+    rows = samples(quiz / "out", "accuracy")
+    assert [r["metrics"]["accuracy"] for r in rows] == [1, 0, 1, 0]
+    assert rows[3]["response"] is None and "no reply" in rows[3]["why"]
+
+
+def test_accuracy_on_transformers(model, quiz):
+    result = run(f"accuracy data={quiz}/quiz.parquet max_tokens=4", model, quiz / "out", limit=3)
+    assert result["n"] == 3 and result["settings"]["refused"] == 0
+    assert 0 <= result["metrics"]["accuracy"]["value"] <= 1
+
+
+def test_numbers_and_words():
+    assert number("so 7-3 = 1,234.5 dollars, not -2") == -2
+    assert number("7-3") == 3 and number("none") is None
+    assert is_right("the answer is 1,000", "#### 1000", numeric=True)
+    assert not is_right("the answer is 1,000", "#### 1000")
+    assert not is_right("nothing", "also nothing", numeric=True)
+
+
+def test_an_empty_answer_column_is_an_error(quiz):
+    (quiz / "q.jsonl").write_text('{"prompt": "a", "answer": null}\n{"prompt": "b", "answer": "c"}\n')
+    with pytest.raises(DataError, match="column 'answer' is empty for the prompt 'a'"):
+        run(f"accuracy data={quiz}/q.jsonl", "scripted", quiz / "out", engine="scripted reply=x")
+
+
+# The user's own
+
+
+def test_a_users_own_task(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def length(model, out, limit, engine, scale: float = 1.0):\n    return {'metrics': {'size': len(model) * scale}}\n"
+        "def broken(model, out, limit, engine):\n    return {'metrics': {'size': 'big'}}\n"
+    )
+    result = run(f"{tmp_path}/mine.py:length scale=2", "abc", tmp_path / "out")
+    assert result == {"task": "length", "n": 0, "metrics": {"size": {"value": 6.0, "stderr": None}}, "settings": {}}
+    with pytest.raises(OptionError, match="returned 'big' for the metric 'size'"):
+        run(f"{tmp_path}/mine.py:broken", "abc", tmp_path / "out")

@@ -14,15 +14,15 @@ from .folders import model_fingerprint, read_manifest
 
 
 def method(loaded: Any, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The method of a leaf recipe, and its options, checked."""
+    """The method of a leaf recipe, and its options, checked; `data` and `reward` as they were given."""
     from . import methods, spec
     from . import recipe as recipes
 
     function = spec.resolve(spec.Spec(loaded.method), methods.METHODS, "method")
     own = tuple(inspect.signature(function).parameters)
     values = recipes.settings(loaded, settings, also=tuple(k for k in own if k != "out"))
-    data = values.pop("data")
-    return function, spec.check(function, values, f"recipe '{loaded.name}'", hidden=("data", "out")) | {"data": data}
+    handed = {k: values.pop(k) for k in ("data", "reward") if k in own and k in values}
+    return function, spec.check(function, values, f"recipe '{loaded.name}'", hidden=("out", *handed)) | handed
 
 
 def _train(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -33,7 +33,8 @@ def _train(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     _, options = method(loaded, {k: v for k, v in arguments.items() if k not in ("recipe", "out")})
     data = options["data"] if isinstance(options["data"], list) else [options["data"]]
-    return [("data", str(d)) for d in data] + [("model", str(options[k])) for k in ("model", "reference") if options.get(k)]
+    models = [("model", str(options[k])) for k in ("model", "reference") if options.get(k)]
+    return [("data", str(d)) for d in data] + models + (_reward(options["reward"]) if "reward" in options else [])
 
 
 def _reward(source: Any) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ plain transformers and models behind an address.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -93,9 +94,6 @@ def _wanted(engine: str | Mapping[str, Any] | spec.Spec, model: str) -> spec.Spe
     return spec.Spec("server", wanted.options) if behind else wanted
 
 
-# Tokenizers and templates
-
-
 def load_tokenizer(model: str, template: str | None = None) -> Any:
     """The tokenizer of a model (or of its LoRA adapter), with its chat template settled."""
     transformers = need("transformers", "models")
@@ -129,17 +127,21 @@ def chat_template(tokenizer: Any, source: str | None, model: str) -> str:
     return own
 
 
-def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
-    """The token ids of a prompt, up to the point where the assistant starts to speak."""
+def prompt_text(tokenizer: Any, prompt: Messages) -> str:
+    """A prompt as the model reads it, up to the point where the assistant starts to speak."""
     import jinja2
 
     if prompt and prompt[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an assistant message; it should end with the message to be answered")
     try:
-        ids = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses the prompt: {one_line(error)}") from None
-    return list(ids)
+
+
+def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
+    """The token ids of a prompt. The template has written the BOS token, if there is one, so none is added."""
+    return list(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def base_of(model: str) -> str | None:
@@ -148,9 +150,6 @@ def base_of(model: str) -> str | None:
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return None
     return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-
-
-# What the engines share
 
 
 def prompt_seed(prompt: Messages, seed: int) -> int:
@@ -172,18 +171,22 @@ def empty(prompt: Messages) -> bool:
     return not any(message["content"].strip() for message in prompt)
 
 
-def admit(tokenizer: Any, prompt: Messages, max_tokens: int, window: int | None) -> list[int] | Refused:
-    """The ids of a prompt that the model can answer."""
-    if empty(prompt):
-        return Refused("the prompt is empty")
-    try:
-        ids = prompt_ids(tokenizer, prompt)
-    except DataError as error:
-        return Refused(str(error))
-    if window and len(ids) + max_tokens > window:
-        limit = window - max_tokens
-        return Refused(f"the prompt has {len(ids)} tokens; with max_tokens={max_tokens} the model takes at most {limit}")
-    return ids
+def admit(tokenizer: Any, prompts: Sequence[Messages], max_tokens: int, window: int | None) -> list[list[int] | Refused]:
+    """`prompt_ids` of each prompt that the model can answer; tokenized together, which is faster."""
+    texts: list[str | Refused] = []
+    for prompt in prompts:
+        try:
+            texts.append(Refused("the prompt is empty") if empty(prompt) else prompt_text(tokenizer, prompt))
+        except DataError as error:
+            texts.append(Refused(str(error)))
+    good = [text for text in texts if isinstance(text, str)]
+    ids = iter(tokenizer(good, add_special_tokens=False, verbose=False)["input_ids"] if good else [])
+    found: list[list[int] | Refused] = [text if isinstance(text, Refused) else next(ids) for text in texts]
+    for place, one in enumerate(found):
+        if isinstance(one, list) and window and len(one) + max_tokens > window:
+            told = f"the prompt has {len(one)} tokens; with max_tokens={max_tokens} the model takes at most"
+            found[place] = Refused(f"{told} {window - max_tokens}")
+    return found
 
 
 def end_ids(tokenizer: Any, model: str) -> list[int]:
@@ -231,6 +234,7 @@ class Vllm:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if tensor_parallel > 1 else "0"
         vllm = need("vllm", "vllm")
         import torch
+        import transformers
         from vllm.platforms import current_platform
 
         self._cpu = current_platform.is_cpu()
@@ -238,18 +242,18 @@ class Vllm:
         base = base_of(model)
         self._ends = end_ids(self._tokenizer, base or model)
         self._logprobs, self._lora = logprobs, None  # type: Any, Any
-        config = _config(base or model)
-        dtype = str(config.dtype or "auto").removeprefix("torch.") if dtype == "auto" else dtype
-        options = _cpu_options(config.get_text_config(), dtype, max_model_len) if self._cpu else {"gpu_memory_utilization": 0.9}
-        options |= {"kv_cache_memory_bytes": int(memory * GIB)} if memory else {}
-        options |= self._adapter(model) if base else {}
         threads = torch.set_num_threads
         try:
+            config = transformers.AutoConfig.from_pretrained(base or model, trust_remote_code=False)
+            dtype = str(config.dtype or "auto").removeprefix("torch.") if dtype == "auto" else dtype
+            sizes = _cpu_options(config.get_text_config(), dtype, max_model_len) if self._cpu else {"gpu_memory_utilization": 0.9}
+            sizes |= {"kv_cache_memory_bytes": int(memory * GIB)} if memory else {}
+            sizes |= self._adapter(model) if base else {}
             with warnings.catch_warnings(action="ignore"):
                 self._llm = vllm.LLM(
                     model=base or model, dtype=dtype, tensor_parallel_size=tensor_parallel, max_model_len=max_model_len,
                     seed=0, load_format="safetensors", trust_remote_code=False, skip_tokenizer_init=True,
-                    enable_prefix_caching=True, use_tqdm_on_load=False, disable_log_stats=True, **options,
+                    enable_prefix_caching=True, use_tqdm_on_load=False, disable_log_stats=True, **sizes,
                 )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"vllm cannot load {model}: {one_line(error)}") from None
@@ -281,11 +285,9 @@ class Vllm:
 
         assert self._llm, "the engine is closed"
         settings(n, temperature, top_p, max_tokens, self._window)
-        answers: Answers = []
+        admitted = admit(self._tokenizer, prompts, max_tokens, self._window)
         asked, params = [], []
-        for prompt in prompts:
-            ids = admit(self._tokenizer, prompt, max_tokens, self._window)
-            answers.append(ids if isinstance(ids, Refused) else [])
+        for prompt, ids in zip(prompts, admitted, strict=True):
             if not isinstance(ids, Refused):
                 asked.append(TokensPrompt(prompt_token_ids=ids))
                 params.append(SamplingParams(
@@ -303,27 +305,27 @@ class Vllm:
                 self.close()  # requests left under way would come back among the answers of the next call
                 raise
         texts = iter(decode(self._tokenizer, [sample.token_ids for output in outputs for sample in output.outputs], self._ends))
-        made = iter([[self._completion(sample, next(texts)) for sample in output.outputs] for output in outputs])
-        return [answer if isinstance(answer, Refused) else next(made) * (1 if temperature else n) for answer in answers]
-
-    def _completion(self, sample: Any, text: str) -> Completion:
-        logprobs = list(sample.logprobs.logprobs) if self._logprobs else None
-        return Completion(text, list(sample.token_ids), sample.finish_reason, logprobs)
+        made = iter([[_completion(sample, next(texts)) for sample in output.outputs] for output in outputs])
+        return [ids if isinstance(ids, Refused) else next(made) * (1 if temperature else n) for ids in admitted]
 
     def close(self) -> None:
         """Free the engine, so that this process can load another."""
-        import gc
-
         if self._llm is None:
             return
-        Vllm._running.remove(self._llm)
-        Vllm._stopped.append(self._llm)
-        self._llm = None
-        # vLLM's shutdown tears down what all its engines in a process share, so the last one to stop turns off the light.
-        if not Vllm._running:
-            while Vllm._stopped:
-                Vllm._stopped.pop().llm_engine.engine_core.shutdown()
-            gc.collect()
+        llm, self._llm = self._llm, None
+        Vllm._running.remove(llm)
+        Vllm._stopped.append(llm)
+        if self.facts["tensor_parallel"] == 1:
+            llm.llm_engine.model_executor.shutdown()  # weights and cache
+        # The rest tears down what all engines in a process share, so the last one to stop turns off the light.
+        while Vllm._stopped and not Vllm._running:
+            Vllm._stopped.pop().llm_engine.engine_core.shutdown()
+        gc.collect()
+
+
+def _completion(sample: Any, text: str) -> Completion:
+    logprobs = None if sample.logprobs is None else list(sample.logprobs.logprobs)
+    return Completion(text, list(sample.token_ids), sample.finish_reason, logprobs)
 
 
 def _quiet() -> None:
@@ -331,14 +333,6 @@ def _quiet() -> None:
     for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it has read its own settings
-
-
-def _config(model: str) -> Any:
-    transformers = need("transformers", "models")
-    try:
-        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config of {model}: {one_line(error)}") from None
 
 
 def _cpu_options(config: Any, dtype: str, max_model_len: int | None) -> dict[str, Any]:
@@ -388,12 +382,13 @@ class Scripted:
         replies = [found] if isinstance(found, str) else found
         if not replies:
             return Refused("the script has no reply to this prompt")
-        made = []
-        for reply in (replies[k % len(replies)] for k in range(n)):
-            words = reply.split()
-            cut = len(words) > max_tokens
-            made.append(Completion(" ".join(words[:max_tokens]) if cut else reply, None, "length" if cut else "stop"))
-        return made
+        return [_cut(replies[k % len(replies)], max_tokens) for k in range(n)]
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _cut(reply: str, max_tokens: int) -> Completion:
+    words = reply.split()
+    fits = len(words) <= max_tokens
+    return Completion(reply if fits else " ".join(words[:max_tokens]), None, "stop" if fits else "length")

@@ -72,6 +72,17 @@ class Folder:
             say(f"{self.plan['verb']}: continues in {self.path}")
         return self
 
+    def __enter__(self) -> Folder:
+        return self.begin()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Let go of the folder; a mistake of the user's that stopped the verb before any result leaves no trace."""
+        if self._lock:
+            self._lock.close()
+        if isinstance(error, RewardkitError) and not self.resumed and [p.name for p in self.path.iterdir()] == [UNFINISHED]:
+            (self.path / UNFINISHED).unlink()
+            self.path.rmdir()
+
     def shard(self, index: int) -> Path:
         """The final path of shard `index`."""
         return self.path / f"part-{index:05d}.parquet"
@@ -111,8 +122,6 @@ class Folder:
             part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
         (self.path / UNFINISHED).unlink(missing_ok=True)
         self.finished = True
-        if self._lock:
-            self._lock.close()
         return self.path
 
 

@@ -17,7 +17,8 @@ from .packing import Attention, Ids, Layout, Pack, Unsupported, packs
 from .show import say
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-CHUNK_LOGITS = 1 << 22  # fp32 logits alive at once, a few per cent of what a full batch would take
+# fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough rows to be worth reading the matrix for.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 class LogProbs:
@@ -80,7 +81,7 @@ class LogProbs:
             at_K = torch.tensor(pack.predictors, device=self.device)
             targets_K = torch.tensor(pack.targets, device=self.device)
             head = self.model.get_output_embeddings()
-            size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+            size = max(1, CHUNK_LOGITS[self.device.type] // head.weight.shape[0])
             parts = [
                 self._log_softmax(head(hidden_TE[at]), target)
                 for at, target in zip(at_K.split(size), targets_K.split(size), strict=True)

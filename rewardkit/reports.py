@@ -4,9 +4,9 @@
     agreement   scored tables           -> how well each score column tells right from wrong (AUC)
     filter      kept, dropped, random   -> the share of right rows in each, and what keeping gained over the others
 
-Every number has its 95 % interval: bootstrap over samples (over prompts, where several answers share one), Wilson for a
-share, Student's t over seeds; all seeded, and all at the end of this file. Left out: p-values and corrections for looking
-at many numbers; an interval is all that a report claims.
+Folders that differ in a seed only (NAME-1, NAME-2 or 1/NAME, 2/NAME) are summed up: a mean with its t interval over the
+seeds for runs, one pooled row for tables. Every number has its 95 % interval (`intervals`). Left out: p-values and
+corrections for looking at many numbers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from . import show, spec, tables
-from .errors import DataError
+from .errors import DataError, unknown
 from .folders import atomic, read_json, read_manifest
+from .intervals import Z, auc_interval, bootstrap_mean, by_quantile, halves, newcombe, spearman, t_mean, wilson
 
 Facts = dict[str, Any]
 Found = Mapping[str, Mapping[str, Any]]
@@ -43,29 +44,65 @@ def compare(
     paths: list[Path],
     out: Path,
     labels: list | None = None,
-    against: Literal["first", "previous"] = "first",
+    against: str = "first",
     seeds: bool = True,
     seed: int = 0,
 ) -> Facts:
-    """Runs side by side. against: what each is compared with; seeds: average the runs NAME-1, NAME-2 or 1/NAME, 2/NAME."""
+    """Runs side by side. against: first, previous, or the name of the run (without its seed) that others are compared with;
+    seeds: sum up the runs that differ in a seed only.
+    """
     names = _labels(paths, labels)
     runs = {name: _run(path, seed) for name, path in zip(names, paths, strict=True)}
     metrics = list(dict.fromkeys(m for run in runs.values() for m in run))
     cells = {name: {m: run[m]["estimate"] for m in run} for name, run in runs.items()}
-    means = _means(cells, metrics) if seeds else {}
-    pairs = [(b, names[0] if against == "first" else a) for a, b in zip(names, names[1:], strict=False)]
-    differences = [d for one, other in pairs for d in _differences(one, runs[one], other, runs[other], seed)]
+    groups = _groups(names) if seeds else {}
+    means = _means(cells, metrics, groups)
+    differences = [
+        d | {"verdict": _verdict(d)}
+        for one, other in _pairs(groups if means else {name: {"": name} for name in names}, against)
+        for d in _differences(one, other, runs, metrics, seed)
+    ]
     both = {**cells, **means}
     rows = [[name, *(_text(found.get(m)) for m in metrics)] for name, found in both.items()]
     body = _section("Runs, with 95 % intervals", ["run", *metrics], rows)
     if differences:
-        rows = [[d["run"], d["against"], d["metric"], _text(d), d["n"]] for d in differences]
-        body += _section("Paired differences on the same samples", ["run", "minus", "metric", "difference", "samples"], rows)
+        keys = ("run", "against", "metric", "difference", "over", "verdict")
+        rows = [[d["run"], d["against"], d["metric"], _text(d), d["over"], d["verdict"]] for d in differences]
+        body += _section("Paired differences on the same samples", keys, rows)
     facts = {"runs": cells, "means": means, "differences": differences}
     _write(out, body, [{"run": n, "metric": m, **e} for n, c in both.items() for m, e in c.items()], facts)
     with show.figure(out / "report.png", figsize=(1.5 + 1.2 * max(len(metrics), 3), 4)) as axes:
         _bars(axes, metrics, means if len(means) > 1 else cells)
     return facts
+
+
+def _groups(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Runs that differ in a seed only: the name without the seed -> seed -> the whole name."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = re.match(r"^(?P<a>.+)-(?P<s>\d+)$|^(?P<t>\d+)/(?P<b>.+)$", name)
+        group, which = (match["a"] or match["b"], match["s"] or match["t"]) if match else (name, "")
+        found.setdefault(group, {})[which] = name
+    return found
+
+
+def _pairs(groups: Mapping[str, Mapping[str, str]], against: str) -> list[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """Which group is compared with which."""
+    listed = list(groups.items())
+    if against == "previous":
+        return list(zip(listed[1:], listed, strict=False))
+    if against != "first" and against not in groups:
+        raise unknown("run to compare with", against, [*groups, "first", "previous"])
+    other = listed[0] if against == "first" else (against, groups[against])
+    return [(one, other) for one in listed if one is not other and one[0] != other[0]]
+
+
+def _verdict(difference: Mapping[str, Any]) -> str:
+    """What an interval allows one to say."""
+    low, high = difference["low"], difference["high"]
+    if low is None or low <= 0 <= high:
+        return "no clear difference"
+    return f"{difference['run']} is higher" if low > 0 else f"{difference['against']} is higher"
 
 
 def _labels(paths: Sequence[Path], labels: Sequence[Any] | None) -> list[str]:
@@ -114,32 +151,46 @@ def _estimate(given: Mapping[str, Any], n: int, samples: Mapping[str, float], se
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _means(cells: Found, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Runs that differ in a seed only -> their mean, with a t interval over the seeds."""
-    groups: dict[str, list[str]] = {}
-    for name in cells:
-        if match := re.match(r"^(.+)-\d+$|^\d+/(.+)$", name):
-            groups.setdefault(match[1] or match[2], []).append(name)
+def _means(cells: Found, metrics: Sequence[str], groups: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
+    """The mean of each group of several runs, with a t interval over the seeds."""
     found: dict[str, dict[str, Any]] = {}
     for group, members in groups.items():
         for metric in metrics if len(members) > 1 else ():
-            values = [cells[m][metric]["value"] for m in members if metric in cells[m]]
+            values = [cells[m][metric]["value"] for m in members.values() if metric in cells[m]]
             if known := [v for v in values if v is not None]:
                 found.setdefault(f"{group} (mean of {len(members)})", {})[metric] = t_mean(known) | {"n": len(known)}
     return found
 
 
-def _differences(name: str, run: Found, other_name: str, other: Found, seed: int) -> list[dict[str, Any]]:
-    """This run minus the other one, metric by metric, on the samples both were asked."""
+def _differences(one: tuple[str, Any], other: tuple[str, Any], runs: Found, metrics: Sequence[str], seed: int) -> list[Facts]:
+    """One group minus another, metric by metric, on the samples both were asked.
+
+    Several seeds: the mean of their differences with a t interval; a single run: a bootstrap over its samples.
+    """
     found = []
-    for metric in [m for m in run if m in other]:
-        ours, theirs = run[metric]["samples"], other[metric]["samples"]
-        gaps = [ours[i] - theirs[i] for i in ours if i in theirs]
-        if len(gaps) > 1:
-            low, high = bootstrap_mean(gaps, seed)
-            estimate = {"value": sum(gaps) / len(gaps), "low": low, "high": high, "n": len(gaps)}
-            found.append({"run": name, "against": other_name, "metric": metric, **estimate})
+    for metric in metrics:
+        gaps = [
+            [runs[a][metric]["samples"][i] - runs[b][metric]["samples"][i] for i in runs[a][metric]["samples"] if i in shared]
+            for a, b in _same_seed(one[1], other[1])
+            if metric in runs[a] and metric in runs[b] and len(shared := runs[b][metric]["samples"].keys()) > 1
+        ]
+        gaps = [g for g in gaps if len(g) > 1]
+        if not gaps:
+            continue
+        means = [sum(g) / len(g) for g in gaps]
+        estimate, over = t_mean(means), f"{len(gaps)} seeds"
+        if len(gaps) == 1:
+            low, high = bootstrap_mean(gaps[0], seed)
+            estimate, over = {"value": means[0], "low": low, "high": high}, f"{len(gaps[0])} samples"
+        found.append({"run": one[0], "against": other[0], "metric": metric, **estimate, "over": over})
     return found
+
+
+def _same_seed(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Runs of two groups, paired by seed; a group of one run serves every seed of the other."""
+    if len(other) == 1:
+        return [(name, next(iter(other.values()))) for name in one.values()]
+    return [(name, other[which]) for which, name in one.items() if which in other]
 
 
 def _bars(axes: Any, metrics: Sequence[str], cells: Found) -> None:
@@ -233,9 +284,10 @@ def filtered(paths: list[Path], out: Path, truth: str = "correct", labels: list 
     """The share of right rows in each table, the first being what was kept, and its gain over each of the others."""
     import polars as pl
 
+    where = dict(zip(_labels(paths, labels), paths, strict=True))
     found: dict[str, dict[str, Any]] = {}
-    for name, path in zip(_labels(paths, labels), paths, strict=True):
-        source = tables.open(str(path)).require(truth)
+    for name, members in _groups(list(where)).items():
+        source = tables.open([str(where[m]) for m in members.values()]).require(truth)
         right = (pl.col(truth).cast(pl.Float64) > 0.5).sum()
         rows = source.frame().filter(pl.col(truth).is_not_null())
         n, number, length = rows.select(pl.len(), right, _length(source).mean().alias(LENGTH)).collect().row(0)
@@ -293,106 +345,3 @@ def _bounds(estimates: Mapping[Any, Mapping[str, Any]]) -> list[list[float]]:
 def _plain(name: str) -> str:
     """A name that matplotlib does not read as mathematics."""
     return name.replace("$", r"\$")
-
-
-# The statistics
-
-Z = 1.959963984540054
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, 1 to 10 degrees of freedom
-
-
-def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of a mean."""
-    import numpy as np
-
-    rng, data = np.random.default_rng(seed), np.asarray(values, dtype=float)
-    means = [data[rng.integers(0, len(data), len(data))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def t_mean(values: Sequence[float]) -> dict[str, float | None]:
-    """A mean over few runs, with its t interval; one run has none."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return {"value": mean, "low": None, "high": None}
-    t = T[n - 2] if n - 2 < len(T) else Z + 2.4 / (n - 1) + 3 / (n - 1) ** 2  # within 0.003 of the exact value
-    half = t * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return {"value": mean, "low": mean - half, "high": mean + half}
-
-
-def wilson(right: int, n: int) -> dict[str, float | None]:
-    """A share with its Wilson interval."""
-    if not n:
-        return {"value": None, "low": None, "high": None}
-    share = right / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
-
-
-def newcombe(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float | None]:
-    """One share minus another, independent one, from their Wilson intervals (Newcombe's hybrid score)."""
-    (a, al, ah), (b, bl, bh) = ((s["value"], s["low"], s["high"]) for s in (one, other))
-    if a is None or b is None:
-        return {"value": None, "low": None, "high": None}
-    return {"value": a - b, "low": a - b - math.hypot(a - al, bh - b), "high": a - b + math.hypot(ah - a, b - bl)}
-
-
-def ranks(values: Any) -> Any:
-    """Ranks from 1; ties share their mean rank."""
-    import numpy as np
-
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[group]
-
-
-def auc(values: Any, right: Any) -> float:
-    """The chance that a right row has the larger value; a tie counts half (Mann-Whitney)."""
-    positive, negative = int(right.sum()), int((~right).sum())
-    return float((ranks(values)[right].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-def auc_interval(values: Any, right: Any, clusters: Any, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
-    """AUC with its bootstrap interval; rows of one cluster (the answers to one prompt) are drawn together."""
-    import numpy as np
-
-    order = np.argsort(values, kind="stable")
-    positive = right[order].astype(float)
-    starts = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # where each group of ties begins
-    member = np.unique(clusters, return_inverse=True)[1][order]
-    count, rng, found = int(member.max()) + 1, np.random.default_rng(seed), []
-    for _ in range(resamples):
-        # Sorting once and weighting the rows costs a sum a resample instead of a sort.
-        weight = np.bincount(rng.integers(0, count, count), minlength=count)[member]
-        above, below = np.add.reduceat(weight * positive, starts), np.add.reduceat(weight * (1 - positive), starts)
-        if total := above.sum() * below.sum():
-            found.append(float((above * (np.cumsum(below) - below / 2)).sum() / total))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return {"value": auc(values, right), "low": float(low), "high": float(high)}
-
-
-def spearman(one: Any, other: Any) -> float | None:
-    """Rank correlation over the rows where both are known; None where one of them does not vary."""
-    import numpy as np
-
-    known = np.isfinite(one) & np.isfinite(other)
-    a, b = ranks(one[known]), ranks(other[known])
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() and b.std() else None
-
-
-def halves(values: Any, right: Any) -> list[float | None]:
-    """Share of right rows above and below the median; rows at the median count half in each."""
-    import numpy as np
-
-    place = np.sign(ranks(values) - (len(values) + 1) / 2)
-    return [float((w * right).sum() / w.sum()) if w.sum() else None for w in (1 + place, 1 - place)]
-
-
-def by_quantile(values: Any, right: Any, bins: int = 10) -> dict[float, dict[str, Any]]:
-    """Share of right rows, with Wilson intervals, by mean value of about equal bins; ties stay together."""
-    import numpy as np
-
-    place = np.searchsorted(np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1])), values, side="right")
-    inside = [place == number for number in np.unique(place)]
-    return {float(values[i].mean()): {"n": int(i.sum()), **wilson(int(right[i].sum()), int(i.sum()))} for i in inside}

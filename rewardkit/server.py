@@ -9,6 +9,7 @@ Left out: log-probabilities from servers, and starting or stopping a server.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ class Transformers:
     ) -> Answers:  # fmt: skip
         """`n` samples for each prompt, in order."""
         settings(n, temperature, top_p, max_tokens, self._window)
-        inputs = [admit(self._tokenizer, prompt, max_tokens, self._window) for prompt in prompts]
+        inputs = admit(self._tokenizer, prompts, max_tokens, self._window)
         answers: Answers = [ids if isinstance(ids, Refused) else [] for ids in inputs]
         rows = [
             (place, ids, prompt_seed(prompts[place], seed) + k)
@@ -112,8 +113,6 @@ class Transformers:
 
     def close(self) -> None:
         """Free the model."""
-        import gc
-
         import torch
 
         self._model = None

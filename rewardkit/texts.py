@@ -47,4 +47,4 @@ def reward_model_ids(tokenizer: Any, prompt: Messages, response: str) -> list[in
     """The tokens of `reward_model_text`, all of them."""
     rendered = reward_model_text(tokenizer, prompt, response)
     opens = any(token and rendered.startswith(token) for token in (tokenizer.bos_token, tokenizer.cls_token))
-    return list(tokenizer(rendered, add_special_tokens=not opens)["input_ids"])
+    return list(tokenizer(rendered, add_special_tokens=not opens, verbose=False)["input_ids"])

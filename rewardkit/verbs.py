@@ -15,6 +15,8 @@ No verb calls another: composition belongs to recipes, which `train` hands the v
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,9 +66,7 @@ def generate(
     folder = claim(out, "generate", {"model": model, "prompts": prompts, **sampling, "engine": engine}, inputs)
     if folder.finished:
         return folder.path
-    speaker = engines.load(engine, model)
-    try:
-        folder.begin()
+    with contextlib.closing(engines.load(engine, model)) as speaker, folder:
         done = _shards_done(folder)
         with progress("generate", source.rows, "prompts", done=min(done * CHUNK, source.rows)) as advance:
             for index, batch in enumerate(source.batches(CHUNK, skip=done * CHUNK), start=done):
@@ -75,12 +75,10 @@ def generate(
                 refused = [r | {"reason": a.reason} for r, a in zip(batch, answers, strict=True) if not isinstance(a, list)]
                 folder.write(index, tables.samples_frame(itertools.chain(*rows)), refused)
                 advance(len(batch))
-    finally:
-        speaker.close()
-    rows_out, refused_count = tables.seal(folder.path)
-    counts = {"in": source.rows, "used": source.rows - refused_count, "out": rows_out, "quarantined": refused_count}
-    _summary("generate", counts)
-    return folder.finish(counts, engine=speaker.name, engine_facts=speaker.facts)
+        rows_out, refused_count = tables.seal(folder.path)
+        counts = {"in": source.rows, "used": source.rows - refused_count, "out": rows_out, "quarantined": refused_count}
+        _summary("generate", counts)
+        return folder.finish(counts, engine=speaker.name, engine_facts=speaker.facts)
 
 
 def score(data: str, reward: str | dict, out: str, quarantine: bool = False) -> Path:
@@ -101,10 +99,7 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False) -> 
     folder = claim(out, "score", {"data": data, "reward": str(spec.parse(reward)), "quarantine": quarantine}, inputs)
     if folder.finished:
         return folder.path
-    if hasattr(scorer, "load"):
-        scorer.load()
-    try:
-        folder.begin()
+    with rewards.loaded(scorer), folder:
         done = _shards_done(folder)
         with progress("score", source.rows, done=min(done * CHUNK, source.rows)) as advance:
             for index, batch in enumerate(source.batches(CHUNK, skip=done * CHUNK), start=done):
@@ -115,15 +110,12 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False) -> 
                 # Lines that could not be read belong to no chunk; the first shard carries them.
                 folder.write(index, tables.scored_frame(batch, columns), source.broken if index == 0 else ())
                 advance(len(batch))
-    finally:
-        if hasattr(scorer, "close"):
-            scorer.close()
-    rows, _ = tables.seal(folder.path)
-    aside = len(source.broken)
-    unscored = tables.nulls(folder.path, [f"{prefix or 'score'}{'_' + s if s else ''}" for s in sides])
-    counts = {"in": rows + aside, "used": rows, "out": rows, "quarantined": aside}
-    _summary("score", counts, unscored=unscored)
-    return folder.finish(counts, unscored=unscored)
+        rows, _ = tables.seal(folder.path)
+        aside = len(source.broken)
+        unscored = tables.nulls(folder.path, [f"{prefix or 'score'}{'_' + s if s else ''}" for s in sides])
+        counts = {"in": rows + aside, "used": rows, "out": rows, "quarantined": aside}
+        _summary("score", counts, unscored=unscored)
+        return folder.finish(counts, unscored=unscored)
 
 
 def _sides(source: Any) -> list[str]:
@@ -195,18 +187,19 @@ def filter(
         by = str(parsed.options.get("by", "score"))
         same = rules.load(spec.Spec(parsed.name, parsed.options | {"by": rules.SHUFFLED}))
         other = rules.partition(same, rules.shuffled(frame, by), f"the control of {name}")
-        blind.begin().sink(rules.blind(other.kept))
-        blind.finish(other.counts, reasons=other.reasons)
+        with blind:
+            blind.sink(rules.blind(other.kept))
+            blind.finish(other.counts, reasons=other.reasons)
     if rest and not rest.finished:
         counts = result.counts
-        rest.begin().sink(result.dropped)
-        rest.finish(
-            {"in": counts["in"], "used": counts["dropped"], "out": counts["dropped"], "dropped": counts["used"]},
-            reasons=result.reasons,
-        )
-    folder.begin().sink(result.kept)
-    _summary("filter", result.counts, result.reasons)
-    return folder.finish(result.counts, reasons=result.reasons)
+        gone = {"in": counts["in"], "used": counts["dropped"], "out": counts["dropped"], "dropped": counts["used"]}
+        with rest:
+            rest.sink(result.dropped)
+            rest.finish(gone, reasons=result.reasons)
+    with folder:
+        folder.sink(result.kept)
+        _summary("filter", result.counts, result.reasons)
+        return folder.finish(result.counts, reasons=result.reasons)
 
 
 def train(recipe: str, out: str, **settings: Any) -> Path:
@@ -222,28 +215,30 @@ def train(recipe: str, out: str, **settings: Any) -> Path:
     if loaded.method:
         return _train_one(loaded, out, settings)
     steps = recipes.check(loaded, out, settings, VERBS, checks.CHECKS)
-    made = {str(s.arguments["out"]) for s in steps}
     folder = claim(out, "train", {"recipe": recipe, **settings}, {})
     if folder.finished:
         return folder.path
-    folder.begin()
-    say(f"train: recipe '{loaded.name}', {len(made)} steps, into {out}")
-    return folder.finish(steps=recipes.run(loaded, out, settings, VERBS))
+    with folder:
+        say(f"train: recipe '{loaded.name}', {len(steps)} steps, into {out}")
+        return folder.finish(steps=recipes.run(loaded, out, settings, VERBS))
 
 
 def _train_one(loaded: Any, out: str, settings: dict[str, Any]) -> Path:
     """Run a leaf recipe: one method on one table."""
-    from . import tables
+    from . import rewards, tables
 
     method, options = checks.method(loaded, settings)
     source = tables.open(options.pop("data"))
+    scorer: Any = rewards.load(options["reward"])[0] if "reward" in options else None
     models = {k: model_fingerprint(v) for k, v in options.items() if k in ("model", "reference") and v}
+    models |= {f"reward {k}": model_fingerprint(v) for k, v in getattr(scorer, "models", {}).items()}
     folder = claim(out, "train", {"recipe": loaded.name, **settings}, {"data": _print(source), **models})
     if folder.finished:
         return folder.path
-    folder.begin()
-    facts = method(data=source, out=folder.path, **options)
-    return folder.finish(**facts)
+    if scorer:
+        options["reward"] = functools.partial(rewards.apply, scorer)
+    with rewards.loaded(scorer), folder:
+        return folder.finish(**method(data=source, out=folder.path, **options))
 
 
 def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engine: str = "transformers") -> Path:
@@ -265,9 +260,8 @@ def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engi
     folder = claim(out, "eval", {"model": model, "tasks": [str(s) for s in specs], "limit": limit, "engine": engine}, inputs)
     if folder.finished:
         return folder.path
-    folder.begin()
     results = []
-    try:
+    with folder, contextlib.closing(kinds):
         for spec in specs:
             done = folder.path / f"result-{kinds.slug(spec)}.json"
             if not done.is_file():
@@ -275,13 +269,11 @@ def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engi
                 with atomic(done) as part:
                     part.write_text(json.dumps(result, indent=2, default=str))
             results.append(json.loads(done.read_text()))
-    finally:
-        kinds.close()
-    with atomic(folder.path / "results.json") as part:
-        part.write_text(json.dumps({"model": model, "tasks": results}, indent=2))
-    rows = [(r["task"], k, m["value"], m["stderr"], r["n"]) for r in results for k, m in r["metrics"].items()]
-    table(f"eval of {model}", ["task", "metric", "value", "stderr", "n"], rows)
-    return folder.finish(results={r["task"]: {k: m["value"] for k, m in r["metrics"].items()} for r in results})
+        with atomic(folder.path / "results.json") as part:
+            part.write_text(json.dumps({"model": model, "tasks": results}, indent=2))
+        rows = [(r["task"], k, m["value"], m["stderr"], r["n"]) for r in results for k, m in r["metrics"].items()]
+        table(f"eval of {model}", ["task", "metric", "value", "stderr", "n"], rows)
+        return folder.finish(results={r["task"]: {k: m["value"] for k, m in r["metrics"].items()} for r in results})
 
 
 def publish(path: str, repo: str, private: bool = False, dry_run: str | None = None) -> str:
@@ -315,8 +307,8 @@ def report(paths: list[str], out: str, kind: str = "compare") -> Path:
     folder = claim(out, "report", {"kind": kind, "paths": list(paths)}, inputs)
     if folder.finished:
         return folder.path
-    folder.begin()
-    return folder.finish(results=run([Path(p) for p in paths], folder.path))
+    with folder:
+        return folder.finish(results=run([Path(p) for p in paths], folder.path))
 
 
 def _print(source: Any) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def train_base(tokenizer: "PreTrainedTokenizerFast", corpus: list[dict], argumen
         eos_token_id=tokenizer.eos_token_id,
         **SHAPE,
     )
-    model = LlamaForCausalLM(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM(config).to(device)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -148,7 +149,7 @@ def train_base(tokenizer: "PreTrainedTokenizerFast", corpus: list[dict], argumen
     for step in range(arguments.steps):
         batch = rng.sample(rows, arguments.batch)
         length = max(len(ids) for ids, _ in batch)
-        ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in batch])
+        ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in batch], device=device)
         labels_BT = ids_BT.clone()
         for row, (ids, start) in enumerate(batch):
             labels_BT[row, :start] = -100
@@ -160,8 +161,8 @@ def train_base(tokenizer: "PreTrainedTokenizerFast", corpus: list[dict], argumen
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if step % 100 == 99:
+            running = loss.item() if running is None else 0.5 * running + 0.5 * loss.item()
             print(f"step {step + 1:5d}  loss {running:.4f}  {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     return model
 

@@ -12,7 +12,6 @@ import pytest
 # Before any library is imported: some of them read these only once.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["REWARDKIT_QUIET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("REWARDKIT_DATA") or ROOT.parent / "shared" / "data")

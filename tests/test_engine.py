@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import gc
 import http.server
 import json
 import os
@@ -153,6 +152,8 @@ def test_prompt_ids_open_the_assistants_turn(tiny_model):
     found = prompt_ids(tokenizer, ask("hi"))
     assert type(found) is list and found[0] == 1 and found.count(1) == 1
     assert tokenizer.decode(found) == "<bos>user: hi\nassistant: "
+    assert found == tokenizer.apply_chat_template(ask("hi"), add_generation_prompt=True, return_dict=False)
+    assert engines.admit(tokenizer, PROMPTS, 1, None) == [prompt_ids(tokenizer, p) for p in PROMPTS]
     with pytest.raises(DataError, match="ends with an assistant message"):
         prompt_ids(tokenizer, [*ask("hi"), {"role": "assistant", "content": "so"}])
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -330,33 +331,56 @@ def test_an_adapter_speaks_through_either_engine_and_is_not_its_base(adapter, vl
     assert found[0] == found[1] != base
 
 
-def test_models_follow_one_another_in_one_process_and_are_freed(tiny_model, tmp_path):
-    import torch
+ONE_AFTER_ANOTHER = """
+import gc, json, sys, weakref
+import psutil, torch
+from rewardkit.engine import load
+threads, answers, held, memory = torch.set_num_threads, [], [], []
+for model in sys.argv[1:]:
+    engine = load("vllm memory=0.5", model)
+    answers.append(engine.generate([[{"role": "user", "content": "hello"}]], temperature=0, max_tokens=8)[0][0].token_ids)
+    held.append(weakref.ref(engine._llm.llm_engine))
+    engine.close()
+    engine.close()
+    gc.collect()
+    memory.append(psutil.Process().memory_info().rss / 2**30)
+print(json.dumps([answers, [h() is None for h in held], memory, torch.set_num_threads is threads]))
+"""
 
+
+def test_models_follow_one_another_in_one_process_and_are_freed(tiny_model, tmp_path):
     other = build_model(tmp_path / "other", seed=5)
-    threads = torch.get_num_threads()
-    answers = []
-    for model in (tiny_model, other, tiny_model):
-        engine = load("vllm memory=0.25", model)
-        answers.append(ids(engine.generate(PROMPTS, temperature=0, max_tokens=8)))
-        held = weakref.ref(engine._llm.llm_engine)
-        engine.close()
-        engine.close()
-        gc.collect()
-        if not Vllm._running:
-            assert held() is None
-    assert answers[0] == answers[2] != answers[1]
-    torch.set_num_threads(1)
-    assert torch.get_num_threads() == 1
-    torch.set_num_threads(threads)
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, tiny_model, other]
+    quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the script loads torch before the engine can say so
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=quiet)
+    answers, freed, memory, own_threads = json.loads(run.stdout)
+    assert answers[0] != answers[1]
+    assert all(freed) and memory[1] - memory[0] < 0.25, "each held a cache of 0.5 GiB"
+    assert own_threads
+    assert run.stderr == "", "vLLM is quiet"
 
 
 def test_closing_one_of_two_models_leaves_the_other_alive(vllm, tiny_model):
     before = vllm.generate(PROMPTS, n=2, max_tokens=8)
     second = load("vllm", tiny_model)
     second.generate(PROMPTS, max_tokens=8)
+    model = weakref.ref(second._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
     second.close()
+    assert model() is None
     assert vllm.generate(PROMPTS, n=2, max_tokens=8) == before
+
+
+def test_an_interrupted_engine_is_closed_because_its_requests_would_come_back(tiny_model):
+    engine = load("vllm", tiny_model)
+    alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, n=2000, max_tokens=200)
+    finally:
+        signal.signal(signal.SIGALRM, alarm)
+    with pytest.raises(AssertionError, match="the engine is closed"):
+        engine.generate(PROMPTS, max_tokens=5)
 
 
 # The fake

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewardkit import folders, reports
+from rewardkit import folders, intervals, reports
 from rewardkit.errors import DataError, OptionError
 
 
@@ -44,8 +44,8 @@ def is_png(path):
 
 def test_auc_by_hand():
     # right: 3, 2; wrong: 2, 1. Pairs: 3>2, 3>1, 2=2 (half), 2>1 -> 3.5 of 4.
-    assert reports.auc(np.array([3.0, 2.0, 2.0, 1.0]), np.array([True, True, False, False])) == 0.875
-    assert reports.auc(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
+    assert intervals.auc(np.array([3.0, 2.0, 2.0, 1.0]), np.array([True, True, False, False])) == 0.875
+    assert intervals.auc(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
@@ -54,8 +54,8 @@ def test_auc_is_the_share_of_pairs(rows):
     if right.all() or not right.any():
         return
     pairs = [(a > b) + 0.5 * (a == b) for a in values[right] for b in values[~right]]
-    assert reports.auc(values, right) == pytest.approx(sum(pairs) / len(pairs))
-    whole = reports.auc_interval(values, right, np.arange(len(values)), resamples=20)
+    assert intervals.auc(values, right) == pytest.approx(sum(pairs) / len(pairs))
+    whole = intervals.auc_interval(values, right, np.arange(len(values)), resamples=20)
     assert 0 <= whole["low"] <= whole["high"] <= 1
 
 
@@ -63,12 +63,12 @@ def test_the_weighted_auc_of_a_resample_is_the_plain_one():
     """Bootstrapping by weights must give what bootstrapping by repeated rows gives."""
     rng = np.random.default_rng(7)
     values, right, prompts = rng.integers(0, 6, 30).astype(float), rng.random(30) > 0.5, np.arange(30) // 3
-    found = reports.auc_interval(values, right, prompts, resamples=200, seed=3)
+    found = intervals.auc_interval(values, right, prompts, resamples=200, seed=3)
     again, repeated = np.random.default_rng(3), []
     for _ in range(200):
         drawn = np.concatenate([np.flatnonzero(prompts == p) for p in again.integers(0, 10, 10)])
         if 0 < right[drawn].sum() < len(drawn):
-            repeated.append(reports.auc(values[drawn], right[drawn]))
+            repeated.append(intervals.auc(values[drawn], right[drawn]))
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(repeated, [0.025, 0.975])))
 
 
@@ -77,9 +77,9 @@ def test_clusters_widen_the_interval():
     rng = np.random.default_rng(0)
     values, right = rng.normal(size=40), rng.random(40) > 0.5
     many, which = np.repeat(values, 10), np.repeat(np.arange(40), 10)
-    single = reports.auc_interval(values, right, np.arange(40))
-    clustered = reports.auc_interval(many, np.repeat(right, 10), which)
-    blind = reports.auc_interval(many, np.repeat(right, 10), np.arange(400))
+    single = intervals.auc_interval(values, right, np.arange(40))
+    clustered = intervals.auc_interval(many, np.repeat(right, 10), which)
+    blind = intervals.auc_interval(many, np.repeat(right, 10), np.arange(400))
     assert (clustered["low"], clustered["high"]) == pytest.approx((single["low"], single["high"]))
     assert blind["high"] - blind["low"] < 0.5 * (clustered["high"] - clustered["low"])
 
@@ -89,45 +89,45 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(300):
         right, values = np.repeat(rng.random(40) > 0.5, 3), np.repeat(rng.normal(size=40), 3) + 0.3 * rng.normal(size=120)
-        found = reports.auc_interval(values, right, np.arange(120) // 3, resamples=200)
+        found = intervals.auc_interval(values, right, np.arange(120) // 3, resamples=200)
         covered += found["low"] <= 0.5 <= found["high"]
     assert 0.90 <= covered / 300 <= 0.98
 
 
 def test_wilson_by_hand():
     # 8 of 10: centre (0.8 + 1.920729/10) / 1.384146 = 0.716741; half 1.959964/1.384146 * sqrt(0.016 + 0.0096036) = 0.226577
-    found = reports.wilson(8, 10)
+    found = intervals.wilson(8, 10)
     assert (found["value"], found["low"], found["high"]) == pytest.approx((0.8, 0.490162, 0.943318), abs=1e-5)
-    assert reports.wilson(0, 10)["low"] == 0 and reports.wilson(0, 10)["high"] == pytest.approx(0.277533, abs=1e-5)
-    assert reports.wilson(0, 0) == {"value": None, "low": None, "high": None}
+    assert intervals.wilson(0, 10)["low"] == 0 and intervals.wilson(0, 10)["high"] == pytest.approx(0.277533, abs=1e-5)
+    assert intervals.wilson(0, 0) == {"value": None, "low": None, "high": None}
 
 
 def test_newcombe_by_hand():
     # The published example: 56/70 - 48/80 = 0.2, interval 0.0524 to 0.3339 (Newcombe 1998, method 10).
-    found = reports.newcombe(reports.wilson(56, 70), reports.wilson(48, 80))
+    found = intervals.newcombe(intervals.wilson(56, 70), intervals.wilson(48, 80))
     assert (found["value"], found["low"], found["high"]) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
 def test_t_over_three_seeds_by_hand():
     # mean 0.6, sd 0.1, half 4.303 * 0.1 / sqrt(3) = 0.248434
-    found = reports.t_mean([0.5, 0.6, 0.7])
+    found = intervals.t_mean([0.5, 0.6, 0.7])
     assert (found["value"], found["low"], found["high"]) == pytest.approx((0.6, 0.351566, 0.848434), abs=1e-5)
-    assert reports.t_mean([0.5]) == {"value": 0.5, "low": None, "high": None}
+    assert intervals.t_mean([0.5]) == {"value": 0.5, "low": None, "high": None}
 
 
 def test_bootstrap_is_seeded_and_near_the_normal_interval():
     values = [0.0] * 60 + [1.0] * 40
-    assert reports.bootstrap_mean(values, 1) == reports.bootstrap_mean(values, 1) != reports.bootstrap_mean(values, 2)
-    assert reports.bootstrap_mean(values) == pytest.approx((0.4 - 0.096, 0.4 + 0.096), abs=0.015)
+    assert intervals.bootstrap_mean(values, 1) == intervals.bootstrap_mean(values, 1) != intervals.bootstrap_mean(values, 2)
+    assert intervals.bootstrap_mean(values) == pytest.approx((0.4 - 0.096, 0.4 + 0.096), abs=0.015)
 
 
 def test_halves_ties_and_rank_correlation():
     right = np.array([False, True, True, True])
-    assert reports.halves(np.array([1.0, 2.0, 3.0, 4.0]), right) == [1.0, 0.5]
-    assert reports.halves(np.array([1.0, 1.0, 1.0, 1.0]), right) == [0.75, 0.75]  # nothing to tell them apart by
-    assert reports.spearman(np.array([1.0, 2.0, 9.0]), np.array([5.0, 6.0, 7.0])) == pytest.approx(1)
-    assert reports.spearman(np.array([1.0, 2.0]), np.array([5.0, 5.0])) is None
-    assert sum(b["n"] for b in reports.by_quantile(np.arange(25.0), np.arange(25) > 11).values()) == 25
+    assert intervals.halves(np.array([1.0, 2.0, 3.0, 4.0]), right) == [1.0, 0.5]
+    assert intervals.halves(np.array([1.0, 1.0, 1.0, 1.0]), right) == [0.75, 0.75]  # nothing to tell them apart by
+    assert intervals.spearman(np.array([1.0, 2.0, 9.0]), np.array([5.0, 6.0, 7.0])) == pytest.approx(1)
+    assert intervals.spearman(np.array([1.0, 2.0]), np.array([5.0, 5.0])) is None
+    assert sum(b["n"] for b in intervals.by_quantile(np.arange(25.0), np.arange(25) > 11).values()) == 25
 
 
 # compare
@@ -142,13 +142,24 @@ def test_compare_runs_seeds_and_pairs(tmp_path):
     other = facts["runs"]["base"]["quiz other"]  # not the mean of its samples: from its standard error
     assert (other["low"], other["high"]) == pytest.approx((0.3 - 0.196, 0.3 + 0.196), abs=1e-4)
     assert facts["means"]["kept (mean of 2)"]["quiz accuracy"]["value"] == pytest.approx(0.75)
-    (first, second) = [d for d in facts["differences"] if d["metric"] == "quiz accuracy"]
-    assert (first["run"], first["against"], first["value"], first["n"]) == ("kept-1", "base", pytest.approx(0.2), 10)
-    assert second["low"] <= second["value"] <= second["high"]
+    (gap,) = [d for d in facts["differences"] if d["metric"] == "quiz accuracy"]
+    assert (gap["run"], gap["against"], gap["over"]) == ("kept", "base", "2 seeds")
+    # Differences of 0.2 and 0.3: standard error 0.05, times 12.706 for one degree of freedom.
+    assert (gap["value"], gap["low"]) == pytest.approx((0.25, 0.25 - 0.6353)) and gap["verdict"] == "no clear difference"
     is_png(tmp_path / "out" / "report.png")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == facts
     assert pl.read_csv(tmp_path / "out" / "report.csv").filter(run="base", metric="quiz accuracy")["value"].item() == 0.5
-    assert "| kept-1 | base | quiz accuracy | 0.200 [" in (tmp_path / "out" / "report.md").read_text()
+    assert "| kept | base | quiz accuracy | 0.250 [" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_verdict_names_the_winner_also_where_it_is_the_control(tmp_path):
+    right = {"on kept": [True] * 3 + [False] * 7, "random": [True] * 8 + [False] * 2}
+    runs = [an_eval(tmp_path / f"{name}-{s}", answers) for s in (1, 2, 3) for name, answers in right.items()]
+    facts = reports.compare(runs, tmp_path / "out", against="random")
+    (gap,) = [d for d in facts["differences"] if d["metric"] == "quiz accuracy"]
+    assert gap["value"] == pytest.approx(-0.5) and gap["verdict"] == "random is higher"
+    with pytest.raises(OptionError, match="did you mean 'random'"):
+        reports.compare(runs, tmp_path / "again", against="randm")
 
 
 def test_the_pairs_use_the_same_samples(tmp_path):

@@ -10,8 +10,9 @@ names the models it reads in `models`, so that a finished table is recognised wi
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,18 @@ def load(source: str | Mapping[str, Any] | specs.Spec) -> tuple[Reward, str]:
         raise OptionError(f"as={prefix} is not a column name; use letters, digits and _")
     bare = specs.Spec(spec.name, {k: v for k, v in spec.options.items() if k != "as"})
     return specs.build(bare, REWARDS, "reward"), prefix
+
+
+@contextlib.contextmanager
+def loaded(reward: Any) -> Iterator[None]:
+    """Load what a reward loads, and give its memory back afterwards."""
+    if hasattr(reward, "load"):
+        reward.load()
+    try:
+        yield
+    finally:
+        if hasattr(reward, "close"):
+            reward.close()
 
 
 def apply(reward: Reward, samples: Sequence[Row]) -> list[Score]:

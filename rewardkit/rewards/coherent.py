@@ -73,7 +73,7 @@ class Coherent:
         ids = sample.get("token_ids")
         truncated = sample.get("finish_reason") == "length"
         if ids is None:
-            ids = self.tokenizer(text(sample["response"]), add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text(sample["response"]), add_special_tokens=False, verbose=False)["input_ids"]
             ids = ids if truncated else [*ids, self.ends[0]]
         else:
             # A sampler may report "stop" for a stop string, which leaves no end token behind.

@@ -32,7 +32,7 @@ def accuracy(
     engine: str,
     data: str,
     answer: str = "answer",
-    by: str = "kind",
+    by: str | None = "kind",
     numeric: bool = False,
     max_tokens: int = 64,
     template: str | None = None,
@@ -43,7 +43,7 @@ def accuracy(
     from .. import engine as engines
 
     source = tables.open(data).require("prompt", answer)
-    if by != "kind":
+    if by and by != "kind":
         source.require(by)  # the default is used where it is there
     one = specs.parse(engine)
     if template:
@@ -87,7 +87,7 @@ def _batches(source: tables.Table, rows: int) -> Iterator[list[tables.Row]]:
             return
 
 
-def _row(row: Mapping[str, Any], asked: tables.Messages, said: Any, answer: str, by: str, numeric: bool) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], asked: tables.Messages, said: Any, answer: str, by: str | None, numeric: bool) -> dict[str, Any]:
     """What one prompt gave; `said` is a list with one completion, or a refusal."""
     if row[answer] is None:
         raise DataError(f"column '{answer}' is empty for the prompt {str(row['prompt'])[:60]!r}")
@@ -95,7 +95,7 @@ def _row(row: Mapping[str, Any], asked: tables.Messages, said: Any, answer: str,
     spoken = said[0] if isinstance(said, list) else None
     right = spoken is not None and is_right(spoken.text, target, numeric)
     metrics = {"accuracy": float(right)}
-    if row.get(by) is not None:
+    if by and row.get(by) is not None:
         metrics[f"accuracy/{row[by]}"] = float(right)
     return {
         "id": digest([asked, target]), "prompt": asked, "response": spoken.text if spoken else None, "target": target,

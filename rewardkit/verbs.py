@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -238,7 +239,8 @@ def _train_one(loaded: Any, out: str, settings: dict[str, Any]) -> Path:
     if scorer:
         options["reward"] = functools.partial(rewards.apply, scorer)
     with rewards.loaded(scorer), folder:
-        return folder.finish(**method(data=source, out=folder.path, **options))
+        seed = options.get("seed", inspect.signature(method).parameters["seed"].default)
+        return folder.finish(seed=seed, **method(data=source, out=folder.path, **options))
 
 
 def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engine: str = "transformers") -> Path:

@@ -45,3 +45,24 @@ def data_folder() -> Path:
 def world() -> Path:
     """The embedded world: a tiny base, demonstrations, prompts, and prompts held out."""
     return ROOT / "rewardkit" / "assets" / "world"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On models this small a second thread only waits, and on a busy machine it waits long."""
+    import torch
+
+    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes started here
+    yield
+    torch.set_num_threads(threads)
+    del os.environ["OMP_NUM_THREADS"]
+    os.environ |= {"OMP_NUM_THREADS": before} if before else {}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    from tests.speaking import build_model
+
+    return build_model(tmp_path_factory.mktemp("engine") / "tiny")

@@ -106,4 +106,4 @@ def test_help_of_a_recipe_lists_settings_defaults_and_sources():
     done = run("train", "recipe=sft", "--help")
     assert done.returncode == 0 and "learning_rate" in done.stdout and "needed" in done.stdout, done.stderr
     listed = run("train", "--help").stdout
-    assert all(name in listed for name in ("sft", "dpo", "reward_model", "demo"))
+    assert all(name in listed for name in ("sft", "dpo", "reward_model", "grpo", "srppo", "demo"))

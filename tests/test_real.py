@@ -6,15 +6,10 @@ The models are tiny and trained for seconds, so no test asks for a good number. 
 endless ones, other scripts, odd line separators) are all accounted for, and that each number is what its definition says.
 """
 
-import contextlib
 import math
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +19,7 @@ import pytest
 from rewardkit import eval, publish, score, train
 from rewardkit.engine import load_tokenizer, prompt_ids
 from rewardkit.folders import read_manifest
+from tests.speaking import serve
 
 pytestmark = pytest.mark.data
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +46,25 @@ def accounted(folder, rows):
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain little from a second thread, and lose a lot where another process has the core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def real(data_folder, tmp_path_factory):
     """A base, demonstrations, pairs and responses, as the README builds them but smaller."""
     folder = tmp_path_factory.mktemp("real")
     size = ["--steps", 40, "--prompts", 6, "--generators", 4, "--pairs", 64]
-    done = run(ROOT / "scripts/build_real.py", "--data", data_folder, "--out", folder, *size)
+    done = run(
+        ROOT / "scripts/build_real.py", "--data", data_folder, "--out", folder, *size, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(folder)
     return SimpleNamespace(
@@ -206,36 +215,8 @@ def test_a_reward_model_reads_the_tokens_it_was_trained_on(reward_model, real):
 
 @pytest.fixture(scope="module")
 def address(sft):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", sft, "--served-model-name", "small",
-        "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager",
-        # vLLM 0.32 on the CPU dies of a seeded request whose prompt it splits.
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", 4096,
-    ]  # fmt: skip
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    log = sft.parent / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    deadline = time.monotonic() + 180
-    try:
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with serve(sft, "small") as found:
+        yield found
 
 
 def test_a_judge_behind_a_server_never_makes_up_a_number(address, real):

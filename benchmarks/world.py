@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/worlds"))
     parser.add_argument("--levels", nargs="+", default=["0.45:0", "0.6:0", "0.6:1", "0.75:0"], help="corruption:seed of the base")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     rows = []
     for level in options.levels:

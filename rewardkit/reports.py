@@ -200,7 +200,7 @@ def _bars(axes: Any, metrics: Sequence[str], cells: Found) -> None:
         shown = {x: e for x, e in known.items() if e["value"] is not None}
         axes.bar(shown.keys(), [e["value"] for e in shown.values()], width, yerr=_bounds(shown), capsize=2, label=_plain(name))
     axes.set_xticks(range(len(metrics)), [_plain(m).replace(" ", "\n", 1) for m in metrics], fontsize=7)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def agreement(

@@ -109,5 +109,5 @@ def figure(path: Path, **options: Any) -> Iterator[Any]:
     drawing, axes = plt.subplots(**options)
     yield axes
     drawing.tight_layout()
-    drawing.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(drawing)

@@ -238,19 +238,15 @@ class Quiet:
 def quiet() -> Iterator[None]:
     """Silence the bars and tables of transformers and datasets; the caller's settings come back."""
     import datasets
-    import transformers
 
-    log = transformers.utils.logging
-    level, bars, rows = log.get_verbosity(), log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    from .. import logprobs
+
+    rows = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with logprobs.quiet():
+            yield
     finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
         if not rows:
             datasets.enable_progress_bars()
 

@@ -32,6 +32,7 @@ from .engine import (
 )
 from .errors import ModelError, need
 from .folders import digest
+from .logprobs import quiet
 from .tables import Messages
 
 
@@ -57,9 +58,10 @@ class Transformers:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._ends = end_ids(self._tokenizer, base or model)
         try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            ).eval()
+            with quiet():
+                self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                    model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                ).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load {model}: {one_line(error)}") from None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

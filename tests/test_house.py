@@ -32,7 +32,7 @@ LAYERS = {
     6: ("__init__", "cli"),
     5: ("checks", "verbs"),
     4: ("rewards", "rules", "methods", "tasks", "hub", "reports", "recipe"),
-    3: ("engine", "server", "packing", "logprobs", "texts"),
+    3: ("engine", "packing", "logprobs", "server", "texts"),
     2: ("folders", "tables"),
     1: ("errors", "intervals", "show", "spec", "world"),
 }

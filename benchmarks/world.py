@@ -27,12 +27,12 @@ def text(estimate: dict) -> str:
 def row(name: str, out: Path, seeds: int) -> list[str]:
     """One world's results as table cells."""
     models, scores, kept = (json.loads((out / "report" / k / "report.json").read_text()) for k in ("models", "scores", "kept"))
-    runs = {k.rpartition(" (mean")[0]: v["accuracy accuracy"] for k, v in models["means"].items()}
+    runs = {k.rpartition(" (mean")[0]: v["accuracy"] for k, v in models["means"].items()}
     (gain,) = [d for d in models["differences"] if d["run"] == "sft on kept"]
     accuracies = [text(runs[k]) for k in ("sft", "sft on kept", "sft on random", "sft longer")]
     aucs = [text(scores["scores"][k]) for k in ("coherent mean", "log p_SFT alone", "length alone")]
     shares = [text(kept["tables"][k]) for k in ("kept", "kept-random")]
-    base = models["runs"]["0/base"]["accuracy accuracy"]
+    base = models["runs"]["0/base"]["accuracy"]
     return [name, text(base), *accuracies, text(gain), gain["verdict"], *shares, *aucs]
 
 

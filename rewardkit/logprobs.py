@@ -76,17 +76,20 @@ class LogProbs:
         """The log-probabilities of a pack's targets."""
         import torch
 
+        pack.pad(256 if len(pack.ids) > 2048 else 64)
+        size = len(pack.targets)
+        rest = -size % 32  # round lengths here too
         with torch.inference_mode():
             hidden_TE = self._hidden(pack)
-            at_K = torch.tensor(pack.predictors, device=self.device)
-            targets_K = torch.tensor(pack.targets, device=self.device)
+            at_K = torch.tensor(pack.predictors + [0] * rest, device=self.device)
+            targets_K = torch.tensor(pack.targets + [0] * rest, device=self.device)
             head = self.model.get_output_embeddings()
-            size = max(1, CHUNK_LOGITS[self.device.type] // head.weight.shape[0])
+            chunk = max(32, CHUNK_LOGITS[self.device.type] // head.weight.shape[0] // 32 * 32)
             parts = [
                 self._log_softmax(head(hidden_TE[at]), target)
-                for at, target in zip(at_K.split(size), targets_K.split(size), strict=True)
+                for at, target in zip(at_K.split(chunk), targets_K.split(chunk), strict=True)
             ]
-            return torch.cat(parts).tolist()
+            return torch.cat(parts)[:size].tolist()
 
     def _hidden(self, pack: Pack) -> Any:
         """The last hidden state of every token of a pack, (T, E)."""

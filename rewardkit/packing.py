@@ -52,6 +52,14 @@ class Pack:
             self.targets += response
             self.rows.append((row, len(response)))
 
+    def pad(self, multiple: int) -> None:
+        """Fill up to a multiple of so many tokens, as a segment of its own that nobody reads.
+
+        CPU kernels are compiled and kept for every new shape; a few round lengths keep memory flat.
+        """
+        if rest := -len(self.ids) % multiple:
+            self._segment([0] * rest, 0, len(self.ids), len(self.ids))
+
     def _segment(self, ids: Ids, position: int, prompt_start: int, prompt_end: int) -> None:
         start = len(self.ids)
         self.ids += ids

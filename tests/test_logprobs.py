@@ -110,7 +110,8 @@ def test_a_response_of_no_tokens_has_no_log_probabilities(tmp_path):
 def test_packs_hold_every_response_once_and_predict_it_from_what_precedes(rows, budget):
     seen = []
     for pack in packs(rows, budget):
-        assert len(pack.ids) == len(pack.positions) == pack.segments[-1][1]
+        pack.pad(16)
+        assert len(pack.ids) == len(pack.positions) == pack.segments[-1][1] and len(pack.ids) % 16 == 0
         at = 0
         for row, size in pack.rows:
             prompt, response = rows[row]

@@ -7,6 +7,7 @@ code 1; anything else keeps its traceback.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import typing
@@ -117,6 +118,7 @@ UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run the command line."""
     words = sys.argv[1:] or ["--help"]
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     try:
         if words and not words[0].startswith("-") and words[0] not in verbs.VERBS:
             raise unknown("verb", words[0], verbs.VERBS)

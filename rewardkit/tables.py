@@ -26,6 +26,7 @@ from .errors import DataError, OptionError, need
 from .folders import MANIFEST, UNFINISHED, atomic, digest, read_manifest, sha256
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?$")
+NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 7-3 the minus is no sign
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".arrow")
 
 Row = dict[str, Any]
@@ -353,6 +354,12 @@ def text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "\n".join(m["content"] for m in messages(value))
+
+
+def last_number(value: str) -> float | None:
+    """The last number in a text; 1,234 is one number."""
+    found = NUMBER.findall(value)
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def prompt_id(prompt: Messages) -> str:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
-from .errors import OptionError
 from .folders import claim, model_fingerprint, read_manifest
 from .show import progress, say, table
 
@@ -57,9 +56,7 @@ def generate(
     from . import engine as engines
     from . import tables
 
-    if n < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        given = f"n={n} max_tokens={max_tokens} temperature={temperature} top_p={top_p}"
-        raise OptionError(f"generate takes n >= 1, max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, not {given}")
+    engines.settings(n, temperature, top_p, max_tokens)
     engines.check(engine)
     source = tables.open(prompts).require("prompt").filled()
     sampling: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}

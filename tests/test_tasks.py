@@ -8,7 +8,9 @@ import tiny
 
 from rewardkit import tasks
 from rewardkit.errors import DataError, ModelError, OptionError
-from rewardkit.tasks.accuracy import is_right, number
+from rewardkit.folders import shipped
+from rewardkit.tables import last_number
+from rewardkit.tasks.accuracy import is_right
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_the_fingerprint_follows_the_files_of_the_task(sums):
 
 
 def test_every_shipped_task_file_names_itself():
-    for file in tasks.evals().glob("*.yaml"):
+    for file in shipped("evals").glob("*.yaml"):
         assert f"\ntask: {file.stem}\n" in file.read_text()
 
 
@@ -204,8 +206,8 @@ def test_accuracy_on_transformers(model, quiz):
 
 
 def test_numbers_and_words():
-    assert number("so 7-3 = 1,234.5 dollars, not -2") == -2
-    assert number("7-3") == 3 and number("none") is None
+    assert last_number("so 7-3 = 1,234.5 dollars, not -2") == -2
+    assert last_number("7-3") == 3 and last_number("none") is None
     assert is_right("the answer is 1,000", "#### 1000", numeric=True)
     assert not is_right("the answer is 1,000", "#### 1000")
     assert not is_right("nothing", "also nothing", numeric=True)

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..errors import OptionError
-from ..tables import Row
+from ..tables import Row, last_number
 from ..tables import text as as_text
 from . import Reward, Score
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def text(
@@ -50,9 +48,3 @@ def text(
         return [one(s) for s in samples]
 
     return score
-
-
-def last_number(value: str) -> float | None:
-    """The last number in a text, thousands separators removed."""
-    numbers = NUMBER.findall(value)
-    return float(numbers[-1].replace(",", "")) if numbers else None

@@ -110,9 +110,3 @@ def close() -> None:
     module = sys.modules.get(f"{__name__}.lm_eval")
     if module:
         module.load.cache_clear()
-
-
-def evals() -> Path:
-    """The shipped task files: inside the package in a wheel, at the top of a clone."""
-    here = Path(__file__).resolve()
-    return next((p for p in (here.parents[1] / "evals", here.parents[2] / "evals") if p.is_dir()), here.parents[1] / "evals")

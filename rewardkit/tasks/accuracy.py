@@ -9,7 +9,6 @@ answers that are free text; those need a reward or a judge.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from ..show import progress
 from . import Result, slug, write_samples
 
 CHUNK = 256
-NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 7-3 the minus is no sign
 
 
 def accuracy(
@@ -108,14 +106,8 @@ def is_right(response: str, target: str, numeric: bool = False) -> bool:
     """Is this the answer?"""
     if not numeric:
         return response.strip() == target.strip()
-    ours, theirs = number(response), number(target)
+    ours, theirs = tables.last_number(response), tables.last_number(target)
     return ours is not None and ours == theirs
-
-
-def number(text: str) -> float | None:
-    """The last number in a text; 1,234 is one number."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -22,8 +22,8 @@ from typing import Any
 from .. import spec as specs
 from .. import tables
 from ..errors import DataError, MissingExtra, ModelError, OptionError, need, unknown
-from ..folders import digest
-from . import DATA, TASKS, Result, evals, slug, write_samples
+from ..folders import digest, shipped
+from . import DATA, TASKS, Result, slug, write_samples
 
 SEED = 1234  # lm-eval's own default; seed=0 gives the numbers that its command line gives
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -101,7 +101,7 @@ def _find(task: str, data: str | None, shots: int | None) -> tuple[list[Any], di
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-    own = evals() / f"{task}.yaml"
+    own = shipped("evals") / f"{task}.yaml"
     config = _config(own) if re.fullmatch(r"[\w.-]+", task) and own.is_file() else None
     if config is None:
         manager = TaskManager()

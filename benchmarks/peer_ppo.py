@@ -63,7 +63,8 @@ def main() -> None:
             gradient_accumulation_steps=settings["batch"] // settings["micro"],  # TRL's batch is what accumulates to
             total_episodes=settings["batch"] * settings["updates"], num_ppo_epochs=1, response_length=settings["tokens"],
             local_rollout_forward_batch_size=settings["batch"], temperature=1.0, kl_coef=0.2, learning_rate=1e-6,
-            num_sample_generations=0, report_to="none", save_strategy="no", use_cpu=not gpu, bf16=gpu, logging_steps=1,
+            num_sample_generations=0, stop_token="eos", report_to="none", save_strategy="no", use_cpu=not gpu, bf16=gpu,
+            logging_steps=1,
         )  # fmt: skip
         trainer = PPOTrainer(
             config, processing_class=tokenizer, model=policy, ref_model=reference,

@@ -1,8 +1,9 @@
 """PPO against `trl.experimental.ppo` of trl 1.12.0, in one run: `.venv/bin/python benchmarks/ppo.py` (CPU or GPU).
 
-Same model (random Llama, 4.2M parameters unless --hidden, --layers say otherwise), same prompts, batch, answers of the same
-length, four minibatches, one pass, fp32; a reward that costs nothing. Ours and the peer take turns. The peer runs in an
-environment of its own: this one, with trl 1.12.0 in front (--peer FOLDER, filled by pip on the first run).
+Same model (random Llama, 4.2M parameters unless --hidden, --layers say otherwise), same prompts, batch, chance that a token is
+the last (--ends: 0 makes every answer as long as may be, which no real one is), four minibatches, one pass, fp32; a reward
+that costs nothing. Ours and the peer take turns. The peer runs in an environment of its own: this one, with trl 1.12.0 in
+front (--peer FOLDER, filled by pip on the first run).
 Printed: samples per second and the ratio a turn; where our time goes; the arithmetic floor of each part, at the matrix
 product rate measured just before; and the time of a step against the batch (--growth).
 --memory instead: peak memory of a LoRA run in which one backbone plays all four roles, at micro-batch 1 and 256 tokens, with a
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -30,8 +32,8 @@ HERE = Path(__file__).resolve()
 PARTS = ("sample", "score", "read", "estimate", "learn")
 
 
-def make(folder: Path, hidden: int, layers: int, words: int, prompts: int) -> Path:
-    """A random Llama over words, and prompts of 16 to 48 of them."""
+def make(folder: Path, hidden: int, layers: int, words: int, prompts: int, end: float = 0.0) -> Path:
+    """A random Llama over words, and prompts of 16 to 48 of them. end: about how likely every token is the last one."""
     import random
 
     import torch
@@ -49,6 +51,10 @@ def make(folder: Path, hidden: int, layers: int, words: int, prompts: int) -> Pa
         num_attention_heads=hidden // 64, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     ))  # fmt: skip
+    if end:  # one coordinate is large for every word, so about sqrt(hidden) after the last norm: it can favour a word everywhere
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] = 8
+            model.get_input_embeddings().weight[1, 0] += math.log(end / (1 - end) * words) / hidden**0.5
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     draw = random.Random(0)
@@ -106,12 +112,12 @@ def rate() -> float:
     return 2 * size**3 / min(times[1:])
 
 
-def floor(folder: Path, settings: dict[str, Any], speed: float) -> dict[str, float]:
+def floor(folder: Path, settings: dict[str, Any], answer: float, speed: float) -> dict[str, float]:
     """Seconds that the matrix products of each part take at this speed: 2 operations a weight and token, thrice to learn."""
     config = json.loads((folder / "model" / "config.json").read_text())
     e, f = config["hidden_size"], config["intermediate_size"]
     layers = config["num_hidden_layers"] * (4 * e * e + 3 * e * f)
-    n, answer = settings["batch"], settings["tokens"]
+    n = settings["batch"]
     body = 2 * layers * n * (32 + answer)
     head = 2 * e * config["vocab_size"] * n * answer
     work = {"sample": body + head, "score": body + head, "read": body, "estimate": 0, "learn": 6 * body + 3 * head}
@@ -134,14 +140,15 @@ def compare(folder: Path, settings: dict[str, Any], peer: Path, turns: int) -> N
         ratios.append(times[1] / times[0])
         speeds = f"ours {samples / times[0]:.2f}, peer {samples / times[1]:.2f} samples/s"
         print(f"turn {turn + 1}: {speeds}, ratio {ratios[-1]:.2f}", flush=True)
-    least = floor(folder, settings, speed)
+    length = statistics.mean(e["length"] for e in mine)
+    least = floor(folder, settings, length, speed)
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
     print(f"\nmedian ratio {spread} over {turns} turns; {settings}")
     print(f"matrix products: {speed / 1e9:.0f} GFLOP/s in fp32\n\n| part | seconds | floor |\n| --- | ---: | ---: |")
     for part in PARTS:
         print(f"| {part} | {statistics.median(e[f'seconds_{part}'] for e in mine):.3f} | {least[part]:.3f} |")
     print(f"| sum | {statistics.median(sum(e[f'seconds_{p}'] for p in PARTS) for e in mine):.3f} | {sum(least.values()):.3f} |")
-    print(f"| length of the answers | {statistics.mean(e['length'] for e in mine):.1f} | |")
+    print(f"| length of the answers | {length:.1f} | |", flush=True)
 
 
 def growth(folder: Path, settings: dict[str, Any]) -> None:
@@ -226,6 +233,7 @@ def main() -> None:
         ("hidden", 256), ("layers", 4), ("words", 4096),
     ]:  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--ends", type=float, nargs="+", default=[0.0, 0.03], help="chance that a token is the last")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
@@ -234,12 +242,14 @@ def main() -> None:
         return
     settings = {k: getattr(given, k) for k in ("threads", "batch", "minibatches", "micro", "tokens", "updates")}
     os.environ["REWARDKIT_QUIET"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        made = make(Path(folder), given.hidden, given.layers, given.words, 1024)
-        if given.turns:
-            compare(made, settings, given.peer, given.turns)
-        if given.growth:
-            growth(made, settings)
+    for end in given.ends:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\nchance that a token is the last: {end}")
+            made = make(Path(folder), given.hidden, given.layers, given.words, 1024, end)
+            if given.turns:
+                compare(made, settings, given.peer, given.turns)
+            if given.growth:
+                growth(made, settings)
 
 
 if __name__ == "__main__":

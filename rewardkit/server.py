@@ -101,7 +101,7 @@ class Transformers:
         rows.sort(key=lambda row: len(row[1]))  # stable: the samples of a prompt stay in order
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
-            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens)
+            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens, self._model.device)
             made = self._batch([ids for _, ids, _ in batch], sampler, max_tokens)
             for (place, _, _), completion in zip(batch, made, strict=True):
                 answer = answers[place]
@@ -110,21 +110,40 @@ class Transformers:
         return answers
 
     def _batch(self, rows: list[list[int]], sampler: _Sampler, max_tokens: int) -> list[Completion]:
+        """Whenever a quarter of the rows have ended, the others go on without them: nobody computes padding for long."""
         import torch
 
         batch = self._tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self._model.device)
+        ids_BT, mask_BT, cache = batch["input_ids"], batch["attention_mask"], _roomy(self._model)
+        width, ends = ids_BT.shape[1], torch.tensor(self._ends, device=ids_BT.device)
+        new: list[list[int]] = [[] for _ in rows]
+
+        def enough(ids_BT: Any, _: Any) -> Any:
+            over_B = torch.isin(ids_BT[:, width:], ends).any(1)
+            return over_B | (over_B.sum() * 4 >= len(over_B))
+
         before, self._model.generation_config = self._model.generation_config, self._config
         try:
-            with torch.inference_mode():
-                ids_BT = self._model.generate(**batch, max_new_tokens=max_tokens, do_sample=False, logits_processor=[sampler])
+            while len(ids_BT):
+                with torch.inference_mode():
+                    made = self._model.generate(
+                        ids_BT, attention_mask=mask_BT, past_key_values=cache, do_sample=False, logits_processor=[sampler],
+                        stopping_criteria=[enough], max_length=width + max_tokens, return_dict_in_generate=True,
+                    )  # fmt: skip
+                ids_BT = made.sequences
+                for row, ids in zip(sampler.rows_B.tolist(), ids_BT[:, width:].tolist(), strict=True):
+                    new[row] = ids[: next((t + 1 for t, i in enumerate(ids) if i in self._ends), len(ids))]
+                going_B = ~torch.isin(ids_BT[:, width:], ends).any(1) & (ids_BT.shape[1] < width + max_tokens)
+                mask_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+                ids_BT, mask_BT, sampler.rows_B = ids_BT[going_B], mask_BT[going_B], sampler.rows_B[going_B]
+                if len(ids_BT):
+                    cache.reorder_cache(going_B.nonzero()[:, 0])
         finally:
             self._model.generation_config = before
-        new_BT = ids_BT[:, batch["input_ids"].shape[1] :].tolist()
-        logp_BT = torch.stack(sampler.logp, dim=1).tolist() if self._logprobs else None
-        kept = [ids[: next((t + 1 for t, i in enumerate(ids) if i in self._ends), len(ids))] for ids in new_BT]
+        logp_BT = sampler.logp_BT.tolist() if self._logprobs else None
         return [
             Completion(text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None)
-            for row, (ids, text) in enumerate(zip(kept, decode(self._tokenizer, kept, self._ends), strict=True))
+            for row, (ids, text) in enumerate(zip(new, decode(self._tokenizer, new, self._ends), strict=True))
         ]
 
     def close(self) -> None:
@@ -136,6 +155,33 @@ class Transformers:
         torch.cuda.empty_cache()
 
 
+def _roomy(model: Any) -> Any:
+    """A key-value cache that is not copied whole at every step, as transformers' own is."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Layer(DynamicLayer):
+        """Keys and values lie in storage with room for a hundred steps."""
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+                self.rooms = [self.keys, self.values]
+            used, upto = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            for side, (old, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
+                room = self.rooms[side]
+                if upto > room.shape[-2] or len(room) != len(new):
+                    self.rooms[side] = room = new.new_empty(*new.shape[:2], upto + 100, new.shape[-1])
+                    room[..., :used, :] = old
+                room[..., used:upto, :] = new
+            self.keys, self.values = (room[..., :upto, :] for room in self.rooms)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 class _Sampler:
     """Temperature, top-p and a random stream of its own for every row, as a logits processor.
 
@@ -144,18 +190,21 @@ class _Sampler:
     set to inf, so that greedy decoding takes it.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int) -> None:
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int, device: Any) -> None:
         import torch
 
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.u_BT = torch.stack([torch.rand(steps, dtype=torch.float64, generator=stream) for stream in streams])
+        self.u_BT = torch.stack([torch.rand(steps, dtype=torch.float64, generator=stream) for stream in streams]).to(device)
         self.temperature, self.top_p = temperature, top_p
-        self.logp: list[Any] = []  # of the chosen tokens, one (B,) a step, before temperature and top-p
+        self.logp_BT = torch.zeros(len(seeds), steps, device=device)  # of the chosen tokens, before temperature and top-p
+        self.rows_B = torch.arange(len(seeds), device=device)  # those that are still in the batch
+        self.step = 0
 
     def __call__(self, ids_BT: Any, logits_BV: Any) -> Any:
         logp_BV = logits_BV.float().log_softmax(-1)
         choice_B1 = self._draw(logp_BV) if self.temperature else logits_BV.argmax(-1, keepdim=True)
-        self.logp.append(logp_BV.gather(1, choice_B1)[:, 0])
+        self.logp_BT[self.rows_B, self.step] = logp_BV.gather(1, choice_B1)[:, 0]
+        self.step += 1
         return logits_BV.scatter_(1, choice_B1, float("inf"))
 
     def _draw(self, logp_BV: Any) -> Any:
@@ -168,7 +217,7 @@ class _Sampler:
             p_BV = p_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(-1)), 0.0)
         # In double precision u times the sum stays below the sum, and a token of probability 0 is never reached.
         upto_BV = p_BV.cumsum(-1, dtype=torch.float64)
-        u_B1 = self.u_BT[:, len(self.logp), None].to(upto_BV.device)
+        u_B1 = self.u_BT[self.rows_B, self.step, None]
         return torch.searchsorted(upto_BV, u_B1 * upto_BV[:, -1:], right=True)
 
 

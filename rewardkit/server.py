@@ -167,7 +167,8 @@ def _roomy(model: Any) -> Any:
                 self.lazy_initialization(key_states, value_states)
                 self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
                 self.rooms = [self.keys, self.values]
-            used, upto = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            used = self.get_seq_length()
+            upto = used + key_states.shape[-2]
             for side, (old, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
                 room = self.rooms[side]
                 if upto > room.shape[-2] or len(room) != len(new):

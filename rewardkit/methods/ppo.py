@@ -145,6 +145,9 @@ def ppo(
             score_N = b.score_N.nan_to_num() * reward_scale - missing_eos_penalty * ~b.ended_N
             clipped = losses.clip_scores(score_N[scored_N], reward_clip)[1]
             score_N = losses.clip_scores(score_N, reward_clip)[0]
+            if clipped > 0.5 and number == done:
+                show.say(f"{algo}: reward_clip={reward_clip:g} cuts {clipped:.0%} of the rewards, which then differ in sign "
+                         "only; raise it, set it to null, or lower reward_scale")  # fmt: skip
             kl_NT = torch.zeros_like(b.logp_NT)
             if b.reference_NT is not None:
                 kl_NT = losses.kl(b.logp_NT, b.reference_NT, kl_estimator)

@@ -8,14 +8,16 @@ Printed: samples per second and the ratio a turn; where our time goes; the arith
 product rate measured just before; and the time of a step against the batch (--growth).
 --memory instead: peak memory of a LoRA run in which one backbone plays all four roles, at micro-batch 1 and 256 tokens, with a
 random Llama of 300M parameters in fp32 (large enough that what every program takes does not count), against 1.3 times the
-backbone, the adapters and their optimiser. Resident memory above what the
-same run leaves behind with a model of no size: libraries, their caches.
+backbone, the adapters and their optimiser. Resident memory above what the same run leaves behind with a model of no size:
+libraries, their caches. glibc keeps freed memory, in pieces too small to use again; "given back" is the same run with
+MALLOC_MMAP_THRESHOLD_=65536, which has it return what is freed.
 The first update of a run is left out: it compiles and allocates.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -215,14 +217,17 @@ def four_roles(hidden: int, layers: int, checkpointed: bool, rank: int = 16, tok
 def memories() -> None:
     """Each run in a process of its own, so that its peak is its own."""
     columns: list[str] = []
-    for checkpointed in (False, True):
-        code = f"import json, ppo; print(json.dumps(ppo.memory({checkpointed})))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
+    giving = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for freed, checkpointed in itertools.product(("kept", "given back"), (False, True)):
+        command = [sys.executable, "-c", f"import json, ppo; print(json.dumps(ppo.memory({checkpointed})))"]
+        environment = os.environ | (giving if freed == "given back" else {})
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent, env=environment)
         found = json.loads(done.stdout.splitlines()[-1])
         if not columns:
             columns = list(found)
-            print("| checkpoint_activations | " + " | ".join(columns) + " |\n|" + " --- |" + " ---: |" * len(columns))
-        print(f"| {checkpointed} | " + " | ".join(f"{found[k]:,.2f}" for k in columns) + " |", flush=True)
+            names = ["freed memory", "checkpoint_activations", *columns]
+            print("| " + " | ".join(names) + " |\n|" + " --- |" * 2 + " ---: |" * len(columns))
+        print(f"| {freed} | {checkpointed} | " + " | ".join(f"{found[k]:,.2f}" for k in columns) + " |", flush=True)
 
 
 def main() -> None:

@@ -300,7 +300,8 @@ def eval(model: str, tasks: str | list, out: str, limit: int | None = None, engi
     from .folders import atomic
 
     specs = kinds.parse(tasks)
-    inputs = {"model": model_fingerprint(model), **{f"task {s}": f for s in specs if (f := kinds.fingerprint(s))}}
+    known = model_fingerprint(model) if kinds.measured(specs) else {"path": model}
+    inputs = {"model": known, **{f"task {s}": f for s in specs if (f := kinds.fingerprint(s))}}
     folder = claim(out, "eval", {"model": model, "tasks": [str(s) for s in specs], "limit": limit, "engine": engine}, inputs)
     if folder.finished:
         return folder.path

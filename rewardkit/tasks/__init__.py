@@ -29,6 +29,7 @@ TASKS = {
     "accuracy": "rewardkit.tasks.accuracy:accuracy",
     "reward_accuracy": "rewardkit.tasks.reward_accuracy:reward_accuracy",
     "win_rate": "rewardkit.tasks.win_rate:win_rate",
+    "alpaca_eval": "rewardkit.tasks.alpaca_eval:alpaca_eval",
 }
 GIVEN = ("model", "out", "limit", "engine", "ready")  # what `run` supplies
 DATA = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".arrow")
@@ -66,8 +67,8 @@ def slug(spec: Spec) -> str:
 
 
 def fingerprint(spec: Spec) -> str | None:
-    """A hash of the files that a task reads through data= or against=; None where it reads none."""
-    data = spec.options.get("data") or spec.options.get("against")
+    """A hash of the files that a task reads its questions from; None where it reads none."""
+    data = next((spec.options[k] for k in ("data", "against", "reference", "annotations") if spec.options.get(k)), None)
     if not data:
         return None
     path = Path(str(data)).expanduser()
@@ -79,6 +80,11 @@ def fingerprint(spec: Spec) -> str | None:
     files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name.endswith(DATA)]
     # A folder may hold the data of many tasks: files that carry this task's name are its own.
     return digest([sha256(f) for f in ([f for f in files if f.name.startswith(name)] or files)])
+
+
+def measured(specs: Iterable[Spec]) -> bool:
+    """Does any of the tasks run the model? One that reads what was judged before does not."""
+    return any("annotations" not in spec.options for spec in specs)
 
 
 def run(spec: Spec | str, model: str, out: Path, limit: int | None, engine: str, **given: Any) -> Result:

@@ -3,8 +3,8 @@
 Self-Rewarding Language Models (arXiv:2401.10020) and Self-Evolved Reward learning (arXiv:2411.00418); SPEC C.3, B.8.
 A rubric is a text file in `prompts/` (or the user's own): a first line `score: last|first LOW HIGH`, a line `---`,
 then the text with {prompt} and {response}. `last` or `first` says which score line counts when there are several.
-A vote that does not parse is None with its raw text kept, never a number; a row with fewer than `min_valid` votes
-is unscored.
+A vote that does not parse is None, never a number; a row with fewer than `min_valid` votes is unscored. The text of
+every vote is kept (`raw`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Judge:
             self._engine = None
 
     def __call__(self, samples: Sequence[Row]) -> list[Score]:
-        """One Score a sample; extra: votes, n_valid, spread (population standard deviation), raw answers that did not parse."""
+        """One Score a sample; extra: votes, raw (the answers they were read from), n_valid, spread (population deviation)."""
         self.load()
         prompts = [self._ask(s) for s in samples]
         return [self._score(a) for a in self._engine.generate(prompts, n=self.votes, seed=self.seed, **self.sampling)]
@@ -123,13 +123,13 @@ class Judge:
         from ..engine import Refused
 
         if isinstance(answer, Refused):
-            nothing: Row = {"votes": [], "n_valid": 0, "spread": None, "unparsed": []}
+            nothing: Row = {"votes": [], "n_valid": 0, "spread": None, "raw": []}
             return Score(None, f"the judge did not answer: {answer.reason}", nothing)
         votes = [self.rubric.parse(c.text) for c in answer]
         valid = [v for v in votes if v is not None]
         extra: Row = {
             "votes": votes, "n_valid": len(valid), "spread": statistics.pstdev(valid) if valid else None,
-            "unparsed": [c.text for c, v in zip(answer, votes, strict=True) if v is None],
+            "raw": [c.text for c in answer],
         }  # fmt: skip
         if len(valid) < self.min_valid:
             return Score(

@@ -80,11 +80,13 @@ class PairJudge(Judge):
         from ..engine import Refused
 
         if isinstance(answer, Refused):
-            return Score(None, f"the judge did not answer: {answer.reason}", {"votes": [], "unparsed": []})
+            return Score(None, f"the judge did not answer: {answer.reason}", {"votes": [], "n_valid": 0, "spread": None, "raw": []})
         votes: Sequence[float | None] = [verdict(c.text) for c in answer]
         valid = [v for v in votes if v is not None]
-        unparsed = [c.text for c, v in zip(answer, votes, strict=True) if v is None]
-        extra: Row = {"votes": list(votes), "unparsed": unparsed}
+        extra: Row = {
+            "votes": list(votes), "n_valid": len(valid), "spread": statistics.pstdev(valid) if valid else None,
+            "raw": [c.text for c in answer],
+        }  # fmt: skip
         if not valid:
             return Score(None, f"none of {len(votes)} answers says which is better", extra)
         return Score(statistics.fmean(valid), "", extra)

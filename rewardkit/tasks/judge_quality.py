@@ -120,13 +120,13 @@ def _rows(source: tables.Table, truth: str | None, best: str | None) -> tuple[It
 def _oasst(messages: Sequence[tables.Row]) -> Iterable[tables.Row]:
     """The ranked replies of OpenAssistant's trees, each with the conversation that leads to it."""
     by_id = {m["message_id"]: m for m in messages}
-    roles = {"prompter": "user", "assistant": "assistant"}
     for message in messages:
         if message["role"] != "assistant" or message["rank"] is None:
             continue
         turns, parent = [], message["parent_id"]
         while parent in by_id:
-            turns.append({"role": roles[by_id[parent]["role"]], "content": by_id[parent]["text"]})
+            role = by_id[parent]["role"]
+            turns.append({"role": {"prompter": "user"}.get(role, role), "content": by_id[parent]["text"]})
             parent = by_id[parent]["parent_id"]
         yield {"prompt": turns[::-1], "response": message["text"], "gold": -float(message["rank"])}
 

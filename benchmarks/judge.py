@@ -9,7 +9,7 @@ nobody finds another's prompts in the cache; the rubric is in it for all:
     three       three requests with n=1 a response, as many votes under way (96), through the openai client
     one by one  one request after another, three a response: how public re-implementations judge
 Overhead: a server in a process of its own that answers at once, with what a judge says; votes a second, of the engine alone
-and of the reward (rubrics filled, answers read). --overhead measures only this; --pin A,B puts client and server on one core each.
+and of the reward (rubrics filled, answers read). --overhead measures only this; --pin A,B puts each on a core.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def random_model(folder: str) -> str:
 
 def samples(count: int, turn: str) -> list[dict[str, str]]:
     """Responses that nobody else judges."""
-    return [{"prompt": f"{turn}: name {i} uses of a brick.", "response": f"{turn}-{i}: " + "a doorstop, " * 20} for i in range(count)]
+    uses = "a doorstop, " * 20
+    return [{"prompt": f"{turn}: name {i} uses of a brick.", "response": f"{turn}-{i}: {uses}"} for i in range(count)]
 
 
 def peer(address: str, under_way: int, max_tokens: int) -> Callable[[Any], int]:
@@ -96,10 +97,8 @@ def throughput(options: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 contenders[name](rows)
                 speeds[name].append(len(rows) / (time.perf_counter() - started))
-        table = [
-            (name, spread(found), spread([a / b for a, b in zip(speeds["ours"], found, strict=True)], "x") if name != "ours" else "")
-            for name, found in speeds.items()
-        ]  # fmt: skip
+        ratios = {name: [a / b for a, b in zip(speeds["ours"], found, strict=True)] for name, found in speeds.items()}
+        table = [(name, spread(found), spread(ratios[name], "x")) for name, found in speeds.items()]
         print(show.markdown(["contender", "responses judged a second", "ours is"], table))
 
 
@@ -133,7 +132,8 @@ async def answer_at_once() -> None:
                 asked = json.loads(await reader.readexactly(size) or b"{}")
                 body = {"object": "chat.completion", "choices": [choice | {"index": i} for i in range(asked.get("n", 0))]}
                 data = json.dumps(body).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data)
+                writer.write(head + data)
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -118,7 +118,7 @@ def serve(model: str, name: str):
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # a busy machine takes minutes
     while True:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()

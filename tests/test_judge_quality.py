@@ -71,7 +71,7 @@ def test_intervals_are_over_prompts(tmp_path):
     """Ten prompts with a right and a wrong pair each have no spread; ten that are all right or all wrong have much."""
     even = [(f"p{i}", r, rank, score) for i in range(10) for r, rank, score in (("a", 0, 2.0), ("bb", 1, 3.0), ("ccc", 2, 1.0))]
     found = quality(tmp_path, even)["metrics"]["pairwise"]
-    assert found == {"value": pytest.approx(2 / 3), "stderr": pytest.approx(0), "low": pytest.approx(2 / 3), "high": pytest.approx(2 / 3)}
+    assert found == pytest.approx({"value": 2 / 3, "stderr": 0, "low": 2 / 3, "high": 2 / 3})
     split = [(f"p{i}", r, rank, float(rank if i % 2 else -rank)) for i in range(10) for r, rank in (("a", 0), ("b", 1), ("c", 2))]
     found = quality(tmp_path, split)["metrics"]["pairwise"]
     assert found["value"] == 0.5 and found["stderr"] == pytest.approx(0.5 / np.sqrt(10), rel=0.15)

@@ -192,7 +192,7 @@ def test_no_fault_loses_a_row_or_becomes_a_score(breaking, short, tmp_path):
             assert "\n" not in row["why"]
             silent.add(fault)
     assert silent == set(WHY)
-    by = {kind: row for kind, row in zip(kinds, found.iter_rows(named=True), strict=True)}
+    by = dict(zip(kinds, found.iter_rows(named=True), strict=True))
     assert by["mute"]["raw"] == [""] * 3 and by["mute"]["score"] is None
     assert by["half"]["raw"] == ["Score: 4 ?"] * 3 and by["half"]["score"] == 4
     assert by["ids"]["score"] == 2 and by["huge"]["score"] is None and len(by["huge"]["raw"][0]) == 5007

@@ -197,8 +197,8 @@ class Judge:
 LABELS = {
     "parse_rate": "parse rate", "saturation": "saturation (share of the top score)", "most_common": "most common vote",
     "most_common_share": "... its share", "vote_variance": "vote variance within a row", "unanswered": "rows without an answer",
-    "unscored_share": "share of rows unscored", "flip_rate": "flip rate (orders exchanged)", "orders": "rows judged in both orders",
-    "expected_mass": "probability of whole scores",
+    "unscored_share": "share of rows unscored", "flip_rate": "flip rate, orders exchanged",
+    "orders": "rows judged in both orders", "expected_mass": "probability of whole scores",
 }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def judge_quality(
     label: str | None = None,
 ) -> Result:
     """Agreement with a ranking. The model judges with rubric, votes and max_tokens; reward=SPEC is measured instead. limit:
-    prompts. margin: replies whose truths differ by no more than this are no pair. five_rule: a reply has the top score if the mean, any or most of its votes are `high`.
+    prompts. margin: replies whose truths differ by no more than this are no pair. five_rule: a reply has the top score if the
+    mean, any or most of its votes are `high`.
     """
     source = tables.open(data).filled()
     rows, name = _rows(source, truth, best)
@@ -92,8 +93,8 @@ def judge_quality(
         "task": task, "n": len(groups), "metrics": metrics,
         "settings": {
             "data": {"file": Path(source.name).name, "rows": source.rows, "fingerprint": source.fingerprint}, "truth": name,
-            "reward": str(specs.parse(asked)), "margin": margin, "ties": ties, "five_rule": five_rule, "limit": limit, "replies": len(replies),
-            "unscored": sum(row["score"] is None for row in replies),
+            "reward": str(specs.parse(asked)), "margin": margin, "ties": ties, "five_rule": five_rule, "limit": limit,
+            "replies": len(replies), "unscored": sum(row["score"] is None for row in replies),
             "reasons": dict(Counter(row["why"] for row in replies if row["score"] is None).most_common(20)),
             "constant": sum(group != [] and len({row["score"] for row in group}) == 1 for group in scored),
             "pairs": int(sum(one["pairwise"][2] for one in found if "pairwise" in one)), "judge": judge, "bins": bins,
@@ -165,7 +166,8 @@ def _prompt(group: Group, margin: float, ties: str, five_rule: str, high: float)
     if fives := [row for row in group if has_top(row, five_rule, high)]:
         top = max(row["gold"] for row in group)
         longest = sorted(group, key=lambda row: -row["length"])[: len(fives)]
-        found["five_best"] = (*(float(sum(row["gold"] == top for row in rows)) for rows in (fives, longest)), len(fives))
+        hits, longer = (float(sum(row["gold"] == top for row in rows)) for rows in (fives, longest))
+        found["five_best"] = hits, longer, len(fives)
     gold, score, length = ([row[key] for row in group] for key in ("gold", "score", "length"))
     for name, correlation in (("spearman", spearman), ("kendall", kendall)):
         ours, lengths = _correlation(correlation, score, gold), _correlation(correlation, length, gold)

@@ -4,8 +4,7 @@ Every engine has the same two methods, `generate` and `close`; the verbs, the ju
 A sample depends on the model, the settings and (seed, prompt, number of the sample), never on the prompt's place in the
 table, so a chunk that is run again after a crash gives the same rows. All engines here and the trainers see the same token
 ids, because `prompt_ids` makes them. A bad prompt is answered with `Refused`; the rest of the batch still runs.
-Left out: streaming, stop strings, tools and images (no recipe needs them), and merging of LoRA adapters. `server.py` has
-plain transformers and models behind an address.
+Left out: streaming, stop strings, tools, images, merging of adapters. `server.py` has transformers and addresses.
 """
 
 from __future__ import annotations

@@ -70,13 +70,9 @@ def judge_quality(
         "name": "judge", "model": model, "engine": engine, "rubric": rubric, "votes": votes, "max_tokens": max_tokens,
     }  # fmt: skip
     replies = [row for group in groups for row in group]
-    with ready(asked) as scorer, progress("judge_quality", len(replies), "replies") as advance:
-        for start in range(0, len(replies), CHUNK):
-            part = replies[start : start + CHUNK]
-            for row, score in zip(part, scorer(part), strict=True):
-                row |= {"score": score.value, "why": score.why, "extra": dict(score.extra)}
-            advance(len(part))
-        task = slug(specs.Spec("judge_quality", {"label": label}))
+    task = slug(specs.Spec("judge_quality", {"label": label}))
+    with ready(asked) as scorer:
+        _judge(scorer, replies)
         write_samples(out, task, (_sample(row) for row in replies))
         judge = _facts(scorer, replies)
     scored = [[row for row in group if row["score"] is not None] for group in groups]
@@ -84,9 +80,8 @@ def judge_quality(
         raise DataError(f"no two replies of {data} could be scored: {next((r['why'] for r in replies if r['why']), '')}")
     found = [_prompt(group, margin, ties, five_rule, high) for group in scored]
     metrics = _metrics(found)
-    unit = all(0 <= row["gold"] <= 1 for row in replies)
     bins: list[Any] = []
-    if unit:
+    if all(0 <= row["gold"] <= 1 for row in replies):
         more, bins = _calibration([row for group in scored for row in group], low, high)
         metrics |= more
     return {
@@ -149,6 +144,16 @@ def _pairs(group: Group, margin: float) -> list[tuple[tables.Row, tables.Row]]:
 
 
 # What comes of it
+
+
+def _judge(scorer: Any, replies: Group) -> None:
+    """Give every reply its score, why it has none, and what the reward adds."""
+    with progress("judge_quality", len(replies), "replies") as advance:
+        for start in range(0, len(replies), CHUNK):
+            part = replies[start : start + CHUNK]
+            for row, score in zip(part, scorer(part), strict=True):
+                row |= {"score": score.value, "why": score.why, "extra": dict(score.extra)}
+            advance(len(part))
 
 
 def _prompt(group: Group, margin: float, ties: str, five_rule: str, high: float) -> dict[str, tuple[float, float, float]]:

@@ -9,7 +9,7 @@ nobody finds another's prompts in the cache; the rubric is in it for all:
     three       three requests with n=1 a response, as many votes under way (96), through the openai client
     one by one  one request after another, three a response: how public re-implementations judge
 Overhead: a server in a process of its own that answers at once, with what a judge says; votes a second, of the engine alone
-and of the reward (rubrics filled, answers read). --overhead measures only this; --pin A,B puts each on a core.
+and of the reward (rubrics filled, answers read). --overhead or --throughput: only this; --pin A,B puts each on a core.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def throughput(options: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 contenders[name](rows)
                 speeds[name].append(len(rows) / (time.perf_counter() - started))
+                show.say(f"turn {turn}: {name} {speeds[name][-1]:.2f} a second")
         ratios = {name: [a / b for a, b in zip(speeds["ours"], found, strict=True)] for name, found in speeds.items()}
         table = [(name, spread(found), spread(ratios[name], "x")) for name, found in speeds.items()]
         print(show.markdown(["contender", "responses judged a second", "ours is"], table))
@@ -173,16 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=128, help="what 100 words of reasoning take")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--pin", default="")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         asyncio.run(answer_at_once())
         return
-    overhead(options)
+    if not options.throughput:
+        overhead(options)
     if not options.overhead:
         throughput(options)
 

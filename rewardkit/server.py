@@ -4,18 +4,24 @@
 llama.cpp, the large providers and most gateways understand. Both keep the promises that `engine.py` states, as far as they
 can: a server has its own chat template, and whether its seeds mean anything is its own affair.
 
-Left out: log-probabilities from servers, and starting or stopping a server.
+Left out: log-probabilities of a server's own tokens, and starting or stopping a server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
+import itertools
+import json
 import os
+import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .alternatives import Place, places
 from .engine import (
     Answers,
     Completion,
@@ -35,6 +41,9 @@ from .folders import digest
 from .models import quiet
 from .tables import Messages
 
+AGAIN = {408, 409, 429, *range(500, 600)}  # answers after which the same request may succeed
+DOOR = (401, 403)
+
 
 class Transformers:
     """Plain transformers, where vLLM cannot run: batches of `batch_size` rows, shortest prompts first, padded on the left.
@@ -44,8 +53,9 @@ class Transformers:
     """
 
     def __init__(
-        self, model: str, template: str | None = None, dtype: str = "auto", batch_size: int = 32, logprobs: bool = False
-    ) -> None:
+        self, model: str, template: str | None = None, dtype: str = "auto", batch_size: int = 32, logprobs: bool = False,
+        top_logprobs: int = 0,
+    ) -> None:  # fmt: skip
         transformers = need("transformers", "models")
         import torch
 
@@ -61,7 +71,7 @@ class Transformers:
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load {model}: {one_line(error)}") from None
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._speak_with(loaded, tokenizer, end_ids(tokenizer, base or model), batch_size, logprobs)
+        self._speak_with(loaded, tokenizer, end_ids(tokenizer, base or model), batch_size, logprobs, top_logprobs)
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, ends: list[int], batch_size: int) -> Transformers:
@@ -70,11 +80,13 @@ class Transformers:
         engine._speak_with(model, tokenizer, ends, batch_size, logprobs=True)
         return engine
 
-    def _speak_with(self, model: Any, tokenizer: Any, ends: list[int], batch_size: int, logprobs: bool) -> None:
+    def _speak_with(
+        self, model: Any, tokenizer: Any, ends: list[int], batch_size: int, logprobs: bool, top_logprobs: int = 0
+    ) -> None:
         import transformers
 
         self._model, self._tokenizer, self._ends = model, tokenizer, ends
-        self._batch_size, self._logprobs = batch_size, logprobs
+        self._batch_size, self._logprobs, self._top = batch_size, logprobs, top_logprobs
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # The model's own sampling defaults (top_k, repetition penalty) would be mixed into ours.
@@ -101,7 +113,7 @@ class Transformers:
         rows.sort(key=lambda row: len(row[1]))  # stable: the samples of a prompt stay in order
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
-            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens, self._model.device)
+            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens, self._model.device, self._top)
             made = self._batch([ids for _, ids, _ in batch], sampler, max_tokens)
             for (place, _, _), completion in zip(batch, made, strict=True):
                 answer = answers[place]
@@ -142,9 +154,12 @@ class Transformers:
             self._model.generation_config = before
         logp_BT = sampler.logp_BT.tolist() if self._logprobs else None
         return [
-            Completion(text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None)
+            Completion(
+                text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None,
+                places(self._tokenizer, ids, sampler.top[row]) if self._top else None,
+            )
             for row, (ids, text) in enumerate(zip(new, decode(self._tokenizer, new, self._ends), strict=True))
-        ]
+        ]  # fmt: skip
 
     def close(self) -> None:
         """Free the model."""
@@ -191,13 +206,14 @@ class _Sampler:
     set to inf, so that greedy decoding takes it.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int, device: Any) -> None:
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int, device: Any, most: int = 0) -> None:
         import torch
 
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.u_BT = torch.stack([torch.rand(steps, dtype=torch.float64, generator=stream) for stream in streams]).to(device)
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.most = temperature, top_p, most
         self.logp_BT = torch.zeros(len(seeds), steps, device=device)  # of the chosen tokens, before temperature and top-p
+        self.top: list[list[list[tuple[int, float]]]] = [[] for _ in seeds]  # a row: the likeliest tokens of every step
         self.rows_B = torch.arange(len(seeds), device=device)  # those that are still in the batch
         self.step = 0
 
@@ -206,6 +222,10 @@ class _Sampler:
         choice_B1 = self._draw(logp_BV) if self.temperature else logits_BV.argmax(-1, keepdim=True)
         self.logp_BT[self.rows_B, self.step] = logp_BV.gather(1, choice_B1)[:, 0]
         self.step += 1
+        if self.most:
+            logp_BK, token_BK = logp_BV.topk(min(self.most, logp_BV.shape[1]))
+            for row, tokens, logps in zip(self.rows_B.tolist(), token_BK.tolist(), logp_BK.tolist(), strict=True):
+                self.top[row].append(list(zip(tokens, logps, strict=True)))
         return logits_BV.scatter_(1, choice_B1, float("inf"))
 
     def _draw(self, logp_BV: Any) -> Any:
@@ -227,19 +247,22 @@ class Server:
 
     concurrency: requests under way at once. timeout: seconds a request may take. retries: of a request that was refused for
     load (429), failed (5xx) or timed out, with growing pauses. key_env: the variable that holds the key, if one is needed.
+    top_logprobs: also ask for this many of the likeliest tokens at each place (`Completion.top`; servers allow 20).
     Token ids are asked for and kept where the server gives them (vLLM does). A vLLM 0.32 server on a CPU must be started
     with --no-enable-chunked-prefill: it dies of a seeded request whose prompt it splits.
     """
 
     def __init__(
-        self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY"
-    ) -> None:
-        openai: Any = need("openai", "models")
-        self._openai, self._concurrency = openai, concurrency
-        self._url, _, self._model = model.partition("#")
-        # A server on one's own machine asks for no key, but the client insists on having one.
-        key = os.environ.get(key_env) or "none"
-        self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=retries)
+        self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY",
+        top_logprobs: int = 0,
+    ) -> None:  # fmt: skip
+        need("urllib3", "models")
+        url, _, self._model = model.partition("#")
+        self._url, self._timeout, self._retries, self._concurrency = url.rstrip("/"), timeout, retries, concurrency
+        key = os.environ.get(key_env)
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._pool = _pool(self._url, concurrency)
+        self._extra: dict[str, Any] = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         self._wants_ids: bool | None = None  # None: not known yet whether the server takes `return_token_ids`
         served = self._served()
         if not self._model:
@@ -252,15 +275,39 @@ class Server:
 
     def _served(self) -> list[str]:
         """The models of the server; also the proof that there is one."""
-        error = self._openai
+        from urllib3.exceptions import HTTPError
+
         try:
-            return [one.id for one in self._client.with_options(max_retries=1, timeout=30).models.list().data or []]
-        except (error.AuthenticationError, error.PermissionDeniedError) as refusal:
-            raise ModelError(f"{self._url} does not let us in: {_reason(refusal)}; is the key set (key_env=NAME)?") from None
-        except error.APIConnectionError as failure:
-            raise ModelError(f"no server answers at {self._url}: {_reason(failure)}") from None
-        except (error.APIError, ValueError, TypeError, AttributeError):
+            status, body = self._send("/models", retries=1, timeout=30)
+            if status in DOOR:
+                raise ModelError(f"{self._url} does not let us in: {_message(status, body)}; is the key set (key_env=NAME)?")
+            return [str(one["id"]) for one in json.loads(body)["data"]]
+        except HTTPError as failure:
+            raise ModelError(f"no server answers at {self._url}: {one_line(failure)}") from None
+        except (ValueError, TypeError, KeyError):
             return []  # not every server keeps a list; a wrong name shows at the first request
+
+    def _send(self, path: str, body: Any = None, retries: int | None = None, timeout: float | None = None) -> tuple[int, bytes]:
+        """A request, sent again where that may help; the status and the body of the last answer."""
+        from urllib3.exceptions import HTTPError
+
+        data = None if body is None else json.dumps(body).encode()
+        last = self._retries if retries is None else retries
+        for attempt in itertools.count():
+            asked_for = None
+            try:
+                answer = self._pool.request(
+                    "POST" if data else "GET", self._url + path, body=data, headers=self._headers, retries=False,
+                    timeout=timeout or self._timeout,
+                )  # fmt: skip
+                if attempt == last or answer.status not in AGAIN:
+                    return answer.status, answer.data
+                asked_for = answer.headers.get("Retry-After")
+            except HTTPError:
+                if attempt == last:
+                    raise
+            time.sleep(_pause(attempt, asked_for))
+        raise AssertionError
 
     def generate(
         self, prompts: Sequence[Messages], n: int = 1, temperature: float = 1.0, top_p: float = 1.0,
@@ -281,64 +328,105 @@ class Server:
                 raise
 
     def _answer(self, prompt: Messages, n: int, seed: int, sampling: dict[str, Any]) -> list[Completion] | Refused:
-        error = self._openai
+        from urllib3 import exceptions
+
         if empty(prompt):
             return Refused("the prompt is empty")
         wanted = n if sampling["temperature"] else 1
-        choices: list[Any] = []
+        made: list[Completion] = []
         try:
-            while len(choices) < wanted:  # some servers give one answer, whatever n says
-                place = {"n": wanted - len(choices), "seed": (prompt_seed(prompt, seed) + len(choices)) % 2**31}
-                got = self._ask(prompt, sampling | place).choices
+            while len(made) < wanted:  # some servers give one answer, whatever n says
+                place = {"n": wanted - len(made), "seed": (prompt_seed(prompt, seed) + len(made)) % 2**31}
+                status, body = self._ask({"messages": prompt} | sampling | place)
+                if status in DOOR or status == 404:
+                    raise ModelError(f"{self._url}#{self._model}: {_message(status, body)}")
+                if not 200 <= status < 300:
+                    return Refused(f"the server refused: {_message(status, body)}")
+                got = _choices(json.loads(body))
                 if not got:
                     return Refused("the server's answer holds no choices")
-                choices += got[: wanted - len(choices)]
-            return [_completion(choice) for choice in choices] * (1 if sampling["temperature"] else n)
-        except (error.NotFoundError, error.AuthenticationError, error.PermissionDeniedError) as refusal:
-            raise ModelError(f"{self._url}#{self._model}: {_reason(refusal)}") from None
-        except error.APITimeoutError:
+                made += [_completion(choice) for choice in got[: wanted - len(made)]]
+            return made * (1 if sampling["temperature"] else n)
+        except exceptions.TimeoutError:
             return Refused("the server did not answer in time")
-        except error.APIConnectionError as failure:
+        except exceptions.HTTPError as failure:
             self._served()  # raises if the server is gone, and then it is not the prompt's fault
-            return Refused(f"the server broke off: {_reason(failure)}")
-        except error.APIError as failure:
-            return Refused(f"the server refused: {_reason(failure)}")
-        except (ValueError, TypeError, AttributeError) as failure:
+            return Refused(f"the server broke off: {one_line(failure)}")
+        except (ValueError, RecursionError) as failure:
             return Refused(f"the server's answer cannot be read: {one_line(failure)}")
 
-    def _ask(self, prompt: Messages, sampling: dict[str, Any]) -> Any:
+    def _ask(self, body: dict[str, Any]) -> tuple[int, bytes]:
         """One request, with `return_token_ids` unless the server is known to reject it."""
-
-        def ask(**extra: Any) -> Any:
-            return self._client.chat.completions.create(model=self._model, messages=prompt, **sampling, **extra)
-
+        whole = {"model": self._model} | body | self._extra
         if self._wants_ids is False:
-            return ask()
-        try:
-            answer = ask(extra_body={"return_token_ids": True})
-        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
-            if self._wants_ids:
-                raise
-            answer = ask()  # it was the field, or the prompt, in which case this fails too
-            self._wants_ids = False
-            return answer
-        self._wants_ids = True
-        return answer
+            return self._send("/chat/completions", whole)
+        status, answer = self._send("/chat/completions", whole | {"return_token_ids": True})
+        if status in (400, 422) and not self._wants_ids:
+            status, answer = self._send("/chat/completions", whole)  # it was the field, or the prompt, which fails again
+            if 200 <= status < 300:
+                self._wants_ids = False
+        elif 200 <= status < 300:
+            self._wants_ids = True
+        return status, answer
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._pool.clear()
+
+
+def _pool(url: str, size: int) -> Any:
+    """Connections to keep, through the proxy that the environment names for this address, if any."""
+    import urllib.request
+
+    import urllib3
+
+    parts = urllib3.util.parse_url(url)
+    proxy = None if urllib.request.proxy_bypass(parts.host or "") else urllib.request.getproxies().get(parts.scheme or "http")
+    return urllib3.ProxyManager(proxy, maxsize=size) if proxy else urllib3.PoolManager(maxsize=size)
+
+
+def _pause(attempt: int, asked_for: str | None) -> float:
+    """Seconds before the next attempt: what the server asks for, up to a minute, else growing from half a second to 8."""
+    try:
+        wanted = float(asked_for or "")
+    except ValueError:  # a date, or nothing
+        wanted = 0.0
+    return wanted if 0 < wanted <= 60 else min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.0)
+
+
+def _message(status: int, body: bytes) -> str:
+    """What a server said, in one line: its own message where it gave one."""
+    told: Any = None
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = json.loads(body)
+        error = found.get("error", found)
+        told = error if isinstance(error, str) else error.get("message") or error.get("detail")
+    return one_line(ValueError(told)) if told else f"HTTP {status}"
+
+
+def _choices(answer: Any) -> list[Any]:
+    """The choices of an answer, which may be any JSON at all."""
+    if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
+        return list(answer["choices"])
+    raise ValueError(f"it has no choices: {str(answer)[:200]}")
 
 
 def _completion(choice: Any) -> Completion:
-    ids = getattr(choice, "token_ids", None)
-    return Completion(choice.message.content or "", ids, "length" if choice.finish_reason == "length" else "stop")
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = (message.get("content") or "") if isinstance(message, dict) else None
+    if not isinstance(content, str):
+        raise ValueError(f"a choice has no text: {str(choice)[:200]}")
+    # JSON can hold half a character (an unpaired surrogate), which no file takes.
+    text = content.encode("utf-8", "replace").decode()
+    reason = "length" if choice.get("finish_reason") == "length" else "stop"
+    ids = choice.get("token_ids")
+    known = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+    return Completion(text, ids if known else None, reason, top=_top(choice.get("logprobs")))
 
 
-def _reason(error: Exception) -> str:
-    """What a server said, in one line: its own message where it gave one."""
-    body = getattr(error, "body", None)
-    told = body.get("message") if isinstance(body, dict) else None
-    if told:
-        return one_line(ValueError(told))
-    return one_line(error) + (f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else "")
+def _top(logprobs: Any) -> list[Place] | None:
+    """The likeliest tokens at each place, as the OpenAI protocol gives them; None where it does not."""
+    try:
+        return [(one["token"], {t["token"]: float(t["logprob"]) for t in one["top_logprobs"]}) for one in logprobs["content"]]
+    except (TypeError, KeyError):
+        return None

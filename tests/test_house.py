@@ -32,7 +32,7 @@ LAYERS = {
     6: ("__init__", "cli"),
     5: ("checks", "filtering", "verbs"),
     4: ("rewards", "rules", "methods", "tasks", "hub", "reports", "audit", "recipe"),
-    3: ("engine", "models", "packing", "logprobs", "server", "texts"),
+    3: ("alternatives", "engine", "models", "packing", "logprobs", "server", "texts"),
     2: ("folders", "preferences", "tables", "shapes"),
     1: ("errors", "intervals", "show", "spec", "world"),
 }
@@ -46,7 +46,8 @@ HOMES = {
     "trl": ("methods",),
     "peft": ("methods", "models", "server"),  # server: transformers loads an adapter through it
     "vllm": ("engine",),
-    "openai": ("server",),
+    "openai": (),
+    "urllib3": ("server",),
     "datasets": ("tables", "methods", "tasks"),
     "lm_eval": ("tasks",),
     "alpaca_eval": ("tasks",),
@@ -66,7 +67,7 @@ TOP_OF_MODULE = {"polars": ("tables", "preferences", "shapes", "rules"), "typer"
 NOT_FOR_HELP = set(HOMES) - {"typer", "rich", "yaml"} | {"numpy"}
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES, VERB_PARAMETERS = 400, 60, 150, 10
-PACKAGE_FILES, PACKAGE_LINES = 75, 11_500
+PACKAGE_FILES, PACKAGE_LINES = 78, 12_200
 
 
 def files(top: Path, pattern: str = "*") -> Iterator[Path]:

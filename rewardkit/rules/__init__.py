@@ -46,6 +46,10 @@ RULES = {
     # Self-Evolved Reward learning
     "confident": "rewardkit.rules.confident:Confident",
     "split": "rewardkit.rules.split:split",
+    # Self-Rewarding Language Models: seed data
+    "oasst": "rewardkit.rules.oasst:oasst",
+    "agrees": "rewardkit.rules.oasst:agrees",
+    "thin": "rewardkit.rules.oasst:thin",
     # scores out of scores
     "combine": "rewardkit.rules.combine:combine",
     "residual": "rewardkit.rules.combine:residual",

@@ -58,6 +58,7 @@ RULES = {
     "finished": "rewardkit.rules.select:finished",
     "length": "rewardkit.rules.select:length",
     "matches": "rewardkit.rules.select:matches",
+    "keywords": "rewardkit.rules.select:keywords",
     "dedupe": "rewardkit.rules.duplicates:dedupe",
     "rouge": "rewardkit.rules.duplicates:rouge",
     "decontaminate": "rewardkit.rules.decontaminate:decontaminate",

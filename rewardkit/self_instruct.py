@@ -92,7 +92,10 @@ def load(source: str | Mapping[str, Any] | spec.Spec) -> SelfInstruct:
 
 
 def written(write: Any, model: str, prompts: str, out: str, engine: str, sampling: dict[str, Any]) -> Path:
-    """The folder of prompts that a model writes after the examples in `prompts`. sampling: n, temperature and so on, as in `verbs.generate`."""
+    """The folder of prompts that a model writes after the examples in `prompts`.
+
+    sampling: n, temperature, top_p, max_tokens and seed, as in `verbs.generate`.
+    """
     writer = load(write)
     if sampling["n"] != 1:
         raise OptionError(f"generate: write asks once for every prompt, so n is 1, not {sampling['n']}")

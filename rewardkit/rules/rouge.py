@@ -34,11 +34,8 @@ from .partition import Rule, decided
 from .texts import WORD
 
 DEPTH = 3
-ONCE, ONCE_KEPT, FIRST = (
-    1,
-    2,
-    3,
-)  # letters: a word that occurs once, the same in a kept text (so that they never match), the others
+# Letters: of a word that occurs once; of such a word in a kept text, so that the two never match; and the first of the others.
+ONCE, ONCE_KEPT, FIRST = 1, 2, 3
 LETTERS = 0x10FFFF - 0x800 - FIRST
 REPORT = 1000  # rows between two steps of the progress bar
 

@@ -42,7 +42,7 @@ def said(text):
     kind, task = number % 10, f"Explain thing number {number} to a child"
     if kind == 0:
         return Refused("no")
-    texts = {1: "Sing song 1", 2: "...", 3: " ".join(["long"] * 60), 4: f"Task 9: {task}\\nTask 10: Another"}
+    texts = {1: "Sing song 1", 2: "...\\u2028", 3: " ".join(["long"] * 60), 4: f"Task 9: {task}\\nTask 10: Another"}
     return [Completion(texts.get(kind, task), None, "length" if kind == 5 else "stop")]
 """
 
@@ -72,7 +72,7 @@ def rows(out):
 
 
 def aside(out):
-    return [json.loads(line) for p in sorted(out.glob("quarantine-*")) for line in p.read_text().splitlines()]
+    return [json.loads(line) for p in sorted(out.glob("quarantine-*")) for line in p.read_text().split("\n")[:-1]]
 
 
 def test_every_request_is_a_prompt_or_has_a_reason(place, tmp_path):
@@ -81,8 +81,8 @@ def test_every_request_is_a_prompt_or_has_a_reason(place, tmp_path):
     assert made.height == 150 == made["prompt_id"].n_unique()
     counts = facts["rows"]
     assert counts["in"] == 150 + len(left) and counts["quarantined"] == len(left) == sum(facts["reasons"].values())
-    assert set(facts["reasons"]) == {"no", "no prompt in the answer", "longer than 50 words", "cut off at max_tokens",
-                                     "a copy of a seed or of an earlier prompt"}  # fmt: skip
+    assert set(facts["reasons"]) == {"the request was refused", "no prompt in the answer", "longer than 50 words",
+                                     "cut off at max_tokens", "a copy of a seed or of an earlier prompt"}  # fmt: skip
     assert facts["write"] == {"seeds": 21, "seeds_left_out": 1, "rounds": made["round"].max() + 1}
     texts = [p[0]["content"] for p in made["prompt"]]
     assert all(t.startswith("Explain thing number") and t.endswith("child") for t in texts)

@@ -103,8 +103,8 @@ class Texts:
 
         size = words.list.len().to_numpy().astype(np.int64)
         self.begin = np.concatenate([[0], np.cumsum(size)])
-        flat = words.list.explode(empty_as_null=False).rank("dense").to_numpy().astype(np.int64) - 1
-        owner = np.repeat(np.arange(len(size)), size)
+        flat = words.list.explode(empty_as_null=False).rank("dense").to_numpy().astype(np.int32) - 1
+        owner = np.repeat(np.arange(len(size), dtype=np.int32), size)
         count = np.bincount(flat)
         common = np.empty(len(count), dtype=np.int64)  # 0 for the most frequent word: short letters for those
         common[np.argsort(-count, kind="stable")] = np.arange(len(count))
@@ -117,13 +117,14 @@ class Texts:
         # The k-th time of a word in its text: its place among equal (text, word).
         order = np.lexsort((flat, owner))
         text, word = owner[order], flat[order]
-        new = np.ones(len(order), dtype=bool)
+        del owner, flat, order
+        new = np.ones(len(text), dtype=bool)
         new[1:] = (text[1:] != text[:-1]) | (word[1:] != word[:-1])
         first = np.flatnonzero(new)
-        time = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
-        _, element = np.unique(word * (time.max(initial=0) + 1) + time, return_inverse=True)
+        time = np.arange(len(text)) - np.repeat(first, np.diff(first, append=len(text)))
+        _, element = np.unique(word.astype(np.int64) * (time.max(initial=0) + 1) + time, return_inverse=True)
         texts_with = np.bincount(element)
-        rank = np.empty(len(texts_with), dtype=np.int64)
+        rank = np.empty(len(texts_with), dtype=np.int32)
         rank[np.argsort(texts_with, kind="stable")] = np.arange(len(texts_with))
         ranked = rank[element]
         self.words = ranked[np.lexsort((ranked, text))]

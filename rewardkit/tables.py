@@ -294,7 +294,7 @@ def seal(folder: Path) -> tuple[int, int]:
     unify(folder)
     shards = sorted(folder.glob("part-*.parquet"))
     rows = sum(int(pl.scan_parquet(s).select(pl.len()).collect().item()) for s in shards)
-    aside = sum(len(f.read_text().splitlines()) for f in folder.glob("quarantine-*.jsonl"))
+    aside = sum(f.read_text().count("\n") for f in folder.glob("quarantine-*.jsonl"))
     return rows, aside
 
 
@@ -322,6 +322,16 @@ def samples_frame(rows: Iterable[Row]) -> pl.DataFrame:
     if not listed:
         return pl.DataFrame(schema=types)
     return pl.DataFrame(listed, infer_schema_length=None, schema_overrides=types)
+
+
+def prompts_frame(rows: Sequence[Row]) -> pl.DataFrame:
+    """Rows of written prompts as a frame, typed by hand because a shard may hold none."""
+    message = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+    types: dict[str, Any] = {
+        "prompt": message, "prompt_id": pl.String, "source": pl.String, "demonstrations": pl.List(pl.String), "own": pl.Int64,
+        "round": pl.Int64,
+    }  # fmt: skip
+    return pl.DataFrame(rows, schema=types)
 
 
 def scored_frame(rows: Sequence[Row], columns: dict[str, list[Any]]) -> pl.DataFrame:

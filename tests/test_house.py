@@ -30,7 +30,7 @@ PACKAGE = ROOT / "rewardkit"
 # within 4 from nothing but its own package.
 LAYERS = {
     6: ("__init__", "cli"),
-    5: ("checks", "filtering", "verbs"),
+    5: ("self_instruct", "checks", "filtering", "verbs"),
     4: ("rewards", "rules", "methods", "tasks", "hub", "reports", "audit", "recipe"),
     3: ("alternatives", "engine", "models", "packing", "logprobs", "server", "texts"),
     2: ("folders", "preferences", "tables", "shapes"),
@@ -53,7 +53,7 @@ HOMES = {
     "alpaca_eval": ("tasks",),
     "sklearn": ("tasks", "reports"),
     "huggingface_hub": ("hub", "folders"),
-    "polars": ("tables", "preferences", "shapes", "rules", "folders", "reports", "audit", "filtering", "verbs"),
+    "polars": ("tables", "preferences", "shapes", "rules", "folders", "reports", "audit", "filtering", "self_instruct", "verbs"),
     "pyarrow": ("methods",),
     "pandas": (),
     "ray": ("cluster",),

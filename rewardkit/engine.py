@@ -30,7 +30,7 @@ from .tables import Messages, prompt_id
 
 ENGINES = {
     "vllm": "rewardkit.engine:Vllm",
-    "transformers": "rewardkit.server:Transformers",
+    "transformers": "rewardkit.local:Transformers",
     "server": "rewardkit.server:Server",
     "scripted": "rewardkit.engine:Scripted",
 }

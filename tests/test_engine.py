@@ -13,7 +13,7 @@ import pytest
 from rewardkit import engine as engines
 from rewardkit.engine import Completion, Refused, Scripted, Vllm, load, load_tokenizer, prompt_ids
 from rewardkit.errors import DataError, ModelError, OptionError
-from rewardkit.server import Transformers
+from rewardkit.local import Transformers
 from tests.speaking import PROMPTS, TEMPLATE, ask, build_model, ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -134,7 +134,7 @@ def test_a_seed_decides_the_examples(place, tmp_path):
 
 BREAKING = """
 import os
-from rewardkit.server import Transformers
+from rewardkit.local import Transformers
 
 def speak(model):
     made, rounds = Transformers(model), []

@@ -194,7 +194,7 @@ def check_sampler(sampler: str) -> specs.Spec:
 def _engine(sampler: str, model: str, tokenizer: Any, ends: list[int], actor: Learner) -> Any:
     """transformers speaks with the actor itself; vLLM has weights of its own, which are replaced between buffers."""
     from .. import engine as engines
-    from ..server import Transformers
+    from ..local import Transformers
 
     wanted = check_sampler(sampler)
     if wanted.name == "transformers":

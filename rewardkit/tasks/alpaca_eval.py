@@ -230,7 +230,6 @@ def main() -> None:
 
 def _child_judge(request: Mapping[str, Any]) -> dict[str, Any]:
     """Preferences in row order; None where the judge's answer does not parse or no answer came."""
-    import pandas as pd
     from alpaca_eval import constants, utils
     from alpaca_eval.annotators import PairwiseAnnotator
 
@@ -251,24 +250,22 @@ def _child_judge(request: Mapping[str, Any]) -> dict[str, Any]:
             one["completions_kwargs"] |= {"model_name": request["model"], "client_config_path": str(place / "client.yaml")}
     (place / "configs.yaml").write_text(json.dumps(configuration))
     judge = PairwiseAnnotator(annotators_config=place / "configs.yaml", caching_path=request["cache"], seed=request["seed"])
-    rows = pd.DataFrame(request["rows"])
-    found: Sequence[Mapping[str, Any]] = judge(rows[["instruction", "output_1", "output_2"]])
-    by_texts = {(f["instruction"], f["output_1"], f["output_2"]): f["preference"] for f in found}
-    values = [by_texts.get((r["instruction"], r["output_1"], r["output_2"])) for r in request["rows"]]
+    texts = ("instruction", "output_1", "output_2")
+    found: Sequence[Mapping[str, Any]] = judge([{k: row[k] for k in texts} for row in request["rows"]])
+    by_texts = {tuple(f[k] for k in texts): f["preference"] for f in found}
+    values = [by_texts.get(tuple(row[k] for k in texts)) for row in request["rows"]]
     return {"preferences": [None if v is None or math.isnan(v) else float(v) for v in values]}
 
 
 def _child_measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """The package's metrics; without the length-controlled ones, and with the reason, where their file is not to be had."""
-    import pandas as pd
+    from alpaca_eval import utils
     from alpaca_eval.metrics import get_length_controlled_winrate, get_winrate
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    rows = pd.DataFrame(request["rows"]).set_index("index")
-    rows.index.name = None
+    rows = utils.convert_to_dataframe(request["rows"]).set_index("index").rename_axis(None)
     try:
         found = get_length_controlled_winrate(rows, save_weights_dir=None, is_warn_extreme_changes=False)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+    except OSError:  # what huggingface_hub raises where there is no file or no network
         why = f"no length-controlled rate: {CALIBRATION} is neither cached nor is the Hub in reach; give calibration=PATH"
         found = get_winrate(rows) | {"why": why}
     return {k: v if isinstance(v, str) else float(v) for k, v in found.items()}

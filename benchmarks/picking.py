@@ -97,7 +97,7 @@ def bootstrap(right: Any, weight: Any, cluster: Any, seed: int, resamples: int =
 
 def picked(frame: pl.DataFrame, seed: int) -> Callable[[str, float], dict[str, float]]:
     """Accuracy of a score over the share of clear pairs on which its gap is widest."""
-    both = frame.join(frame, on="prompt_id", suffix="_other").filter(
+    both = frame.join(frame, on="prompt", suffix="_other").filter(
         pl.col("judge_preference") - pl.col("judge_preference_other") > 0.3
     )
 
@@ -105,7 +105,7 @@ def picked(frame: pl.DataFrame, seed: int) -> Callable[[str, float], dict[str, f
         gap = (both[column] - both[f"{column}_other"]).to_numpy()
         sure = np.argsort(-np.abs(gap), kind="stable")[: max(1, round(share * len(gap)))]
         right = (gap[sure] > 0) + 0.5 * (gap[sure] == 0)
-        return bootstrap(right, np.ones(len(sure)), both["prompt_id"].to_numpy()[sure], seed)
+        return bootstrap(right, np.ones(len(sure)), both["prompt"].to_numpy()[sure], seed)
 
     return at
 
@@ -120,7 +120,7 @@ def kept(out: Path, column: str, share: float, seed: int) -> dict[str, dict[str,
     for kind in ("", "-random", "-length-matched"):
         rows = pl.read_parquet(f"{name}{kind}/part-00000.parquet")
         right = rows["is_correct"].cast(pl.Float64).to_numpy()
-        found[kind.strip("-") or "kept"] = bootstrap(right, np.ones(len(right)), rows["prompt_id"].to_numpy(), seed)
+        found[kind.strip("-") or "kept"] = bootstrap(right, np.ones(len(right)), rows["prompt"].to_numpy(), seed)
     return found
 
 
@@ -163,7 +163,7 @@ def main() -> None:
     chance = text(kept(out, "length", 0.25, options.seed)["random"])
     header = ["score", *(f"picks the better, surest {s:.0%}" for s in SURE), *(f"right among kept {s:.0%}" for s in YIELDS),
               "... length-matched control, 25%"]  # fmt: skip
-    prompts, right = alpaca["prompt_id"].n_unique(), gsm8k["is_correct"].mean()
+    prompts, right = alpaca["prompt"].n_unique(), gsm8k["is_correct"].mean()
     body = show.markdown(header, rows) + (
         f"\nAlpacaEval: {pairs:,} clear pairs from {alpaca.height:,} responses to {prompts} instructions, seed {options.seed}. "
         f"GSM8K: {gsm8k.height:,} solutions, {right:.3f} right; random control at 25%: {chance}.\n"

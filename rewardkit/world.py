@@ -100,6 +100,22 @@ def slip(row: Row, rng: random.Random) -> str:
     return answer[:place] + rng.choice([c for c in pool if c != old]) + answer[place + 1 :]
 
 
+def replies(n: int, seed: int, split: str = "demos") -> list[Row]:
+    """`n` rows of `make`, each with a `response`: half of them right, three in eight wrong by rule, one in eight a slip."""
+    rng = random.Random(f"replies {split} {seed}")
+    rows = []
+    for row in make(n, seed, split=split):
+        draw = rng.random()
+        response = row["answer"] if draw < 1 / 2 else wrong(row, rng) if draw < 7 / 8 else slip(row, rng)
+        rows.append(row | {"response": response})
+    return rows
+
+
+def judgement(row: Row) -> str:
+    """What a judge who knows the truth says of a row's response: the right answer as its reason, then 5 points or none."""
+    return f"{row['answer']}. Score: {5 if is_right(row, row['response']) else 0}"
+
+
 def is_right(row: Row, response: str) -> bool:
     return response.strip() == row["answer"]
 

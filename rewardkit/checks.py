@@ -57,6 +57,13 @@ def _engine(source: Any) -> list[tuple[str, str]]:
     return []
 
 
+def _write(source: Any) -> list[tuple[str, str]]:
+    from . import self_instruct
+
+    self_instruct.load(source)
+    return []
+
+
 def _tasks(source: Any) -> list[tuple[str, str]]:
     from . import tasks
 
@@ -79,7 +86,7 @@ def _exists_data(source: Any) -> None:
 
 # How a recipe checks an argument before anything runs: each returns what must exist by then.
 CHECKS: dict[str, Any] = {
-    "train": _train, "reward": _reward, "rule": _rule, "engine": _engine, "tasks": _tasks,
+    "train": _train, "reward": _reward, "rule": _rule, "engine": _engine, "write": _write, "tasks": _tasks,
     "data": lambda source: [("data", str(source))], "prompts": lambda source: [("data", str(source))],
     "model": lambda model: [("model", str(model))], "kind": _kind,
     "paths": lambda paths: [("folder", str(p)) for p in paths if "*" not in str(p)],

@@ -323,6 +323,16 @@ def samples_frame(rows: Iterable[Row]) -> pl.DataFrame:
     return pl.DataFrame(listed, infer_schema_length=None, schema_overrides=types)
 
 
+def prompts_frame(rows: Sequence[Row]) -> pl.DataFrame:
+    """Rows of written prompts as a frame, typed by hand because a shard may hold none."""
+    message = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+    types: dict[str, Any] = {
+        "prompt": message, "prompt_id": pl.String, "source": pl.String, "demonstrations": pl.List(pl.String), "own": pl.Int64,
+        "round": pl.Int64,
+    }  # fmt: skip
+    return pl.DataFrame(rows, schema=types)
+
+
 def scored_frame(rows: Sequence[Row], columns: dict[str, list[Any]]) -> pl.DataFrame:
     """The rows with score columns; a column that was there before is replaced."""
     frame = pl.DataFrame(rows, infer_schema_length=None)

@@ -1,6 +1,6 @@
 """The verbs: the table of contents of rewardkit.
 
-    generate   prompts  -> samples      a model answers
+    generate   prompts  -> samples      a model answers, or writes prompts of its own
     score      samples  -> scored       a reward turns text into numbers
     filter     scored   -> kept         a rule turns numbers into choices, with a control if asked
     train      rows     -> a model      a recipe: one method, or a list of steps
@@ -39,8 +39,9 @@ def generate(
     max_tokens: int = 1024,
     seed: int = 0,
     engine: str = "vllm",
+    write: str | dict | None = None,
 ) -> Path:
-    """Let a model answer prompts.
+    """Let a model answer prompts, or write new ones after them.
 
     model: a folder, a Hub id, or a server as http://host:port/v1#model.
     prompts: a table with a column `prompt` (text or messages); its other columns are kept.
@@ -51,14 +52,17 @@ def generate(
     max_tokens: longest response, in tokens.
     seed: the same seed gives the same samples.
     engine: vllm, transformers, server or scripted, with options: "vllm template=FILE logprobs=true".
+    write: new prompts instead of answers, one a request that shows some of the given ones: "self_instruct count=1000".
     """
     from . import engine as engines
-    from . import tables
+    from . import self_instruct, tables
 
+    sampling: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    if write:
+        return self_instruct.written(write, model, prompts, out, engine, sampling)
     engines.settings(n, temperature, top_p, max_tokens)
     engines.check(engine)
     source = tables.open(prompts).require("prompt").filled()
-    sampling: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     inputs = {"prompts": _print(source), "model": model_fingerprint(model)}
     folder = claim(out, "generate", {"model": model, "prompts": prompts, **sampling, "engine": engine}, inputs)
     if folder.finished:

@@ -22,7 +22,7 @@ SELECT = ["all",
           "threshold min=0.5", "threshold max=1", "threshold min=-1 max=1", "quantile low=0.5", "quantile low=0.2 high=0.8",
           "quantile low=0.5 per=prompt", "top k=3", "top fraction=0.5", "top per=prompt k=1", "top per=prompt fraction=0.5",
           "top per=half k=2", "finished", "finished unknown=drop", "length min=3", "length max=4 unit=words",
-          "matches pattern=r1", "matches pattern=r1 invert=true", "label high=1 low=0", "residual",
+          "keywords of=response words='r1,w w w'", "matches pattern=r1", "matches pattern=r1 invert=true", "label high=1 low=0", "residual",
           "combine columns=score,other", "combine columns=score,other how=weighted weights=1,-2 veto=other:1",
           "threshold min=-5 then top per=prompt k=2 then matches pattern=r1 invert=true"]  # fmt: skip
 PAIRS = ["best_vs_worst", "best_vs_worst length_penalty=0.5", "best_vs_worst truncated=keep", "best_vs_random seed=3",
@@ -208,6 +208,17 @@ def test_the_residual_knows_nothing_of_the_length():
     assert before > 0.9 and abs(after) < 0.03
     noise = score - np.sqrt(size)
     assert np.corrcoef(out["score_residual"], noise)[0, 1] > 0.97, "what the length does not explain stays"
+
+
+def test_keywords_are_whole_words_in_any_case():
+    texts = ["Draw a map", "a mapping of images", "Graphs!", "drawn by hand", "please GO TO sleep", "go  to", None, ""]
+    table = pl.LazyFrame({"prompt": texts}).with_row_index("row")
+    made = rules.partition(rules.load("keywords"), table, "keywords")
+    assert made.kept.collect()["row"].to_list() == [3, 5, 7]
+    assert made.dropped.collect()["reason"].to_list() == ["prompt has 'draw'", "prompt has 'images'", "prompt has 'graphs'",
+                                                          "prompt has 'go to'", "no prompt"]  # fmt: skip
+    made = rules.partition(rules.load("keywords words='c++,(x'"), pl.LazyFrame({"prompt": ["in C++.", "in c", "(x"]}), "keywords")
+    assert made.kept.collect()["prompt"].to_list() == ["in c"]
 
 
 # Idempotence, order, monotony, symmetry

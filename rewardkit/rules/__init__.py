@@ -46,6 +46,10 @@ RULES = {
     # Self-Evolved Reward learning
     "confident": "rewardkit.rules.confident:Confident",
     "split": "rewardkit.rules.split:split",
+    # Self-Rewarding Language Models: seed data
+    "oasst": "rewardkit.rules.oasst:oasst",
+    "agrees": "rewardkit.rules.oasst:agrees",
+    "thin": "rewardkit.rules.oasst:thin",
     # scores out of scores
     "combine": "rewardkit.rules.combine:combine",
     "residual": "rewardkit.rules.combine:residual",
@@ -54,6 +58,7 @@ RULES = {
     "finished": "rewardkit.rules.select:finished",
     "length": "rewardkit.rules.select:length",
     "matches": "rewardkit.rules.select:matches",
+    "keywords": "rewardkit.rules.select:keywords",
     "dedupe": "rewardkit.rules.duplicates:dedupe",
     "rouge": "rewardkit.rules.duplicates:rouge",
     "decontaminate": "rewardkit.rules.decontaminate:decontaminate",

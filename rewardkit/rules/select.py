@@ -1,4 +1,5 @@
-"""Rules that keep rows by one column: by a score (all, threshold, quantile, top), by length, by how the response ended, by text.
+"""Rules that keep rows by one column: by a score (all, threshold, quantile, top), by length, by how the response ended, by text
+(matches, keywords).
 
 A row without a score is never kept by a score. Of equal scores the earlier row wins, so that the result is the same every
 time.
@@ -6,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import polars as pl
@@ -17,6 +19,8 @@ from .groups import by_group
 from .partition import CODE, MISSING, Rule, decided, group_key, number, split
 
 CUT = "truncated: the response ran into the token limit"
+UNASKABLE = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to",
+             "video", "audio", "music", "flowchart", "diagram")  # fmt: skip
 TRUNCATED = ("length", "max_tokens", "max_length", "model_length")  # what engines and APIs call a response that was cut
 
 
@@ -180,4 +184,22 @@ def matches(pattern: str, of: str = "response", invert: bool = False) -> Rule:
         reason = pl.when(text.is_null()).then(pl.lit(f"no {of}")).otherwise(pl.lit(f"{of} {verb} {pattern}"))
         return split(frame, ~found if invert else found, reason)
 
+    return rule
+
+
+def keywords(of: str = "prompt", words: list | None = None) -> Rule:
+    """Drop rows whose text has one of these words, whole and in any case; several words may be one keyword ("go to").
+
+    Without `words` they are Self-Instruct's (arXiv:2212.10560): what a model of text cannot be given, see or make.
+    """
+    listed = [str(word) for word in words] if words else list(UNASKABLE)
+
+    def rule(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+        text = text_of(frame.collect_schema(), of)
+        found = text.str.extract(pattern, 1).str.to_lowercase()
+        reason = pl.when(text.is_null()).then(pl.lit(f"no {of}")).otherwise(pl.format(f"{of} has '{{}}'", found))
+        return split(frame, text.is_not_null() & found.is_null(), reason)
+
+    edge = r"[^\p{L}\p{N}_]"  # not \b, which is no edge beside a sign: words="c++"
+    pattern = rf"(?i)(?:^|{edge})({'|'.join(re.escape(word) for word in listed)})(?:{edge}|$)"
     return rule

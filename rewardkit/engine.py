@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from . import spec, tables
+from .alternatives import Place, of_vllm, places
 from .errors import DataError, ModelError, OptionError, need
 from .folders import digest
 from .tables import Messages, prompt_id
@@ -40,12 +41,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. `token_ids` keep the end-of-turn token, `text` does not; `logprobs` run parallel to `token_ids`."""
+    """One sample. `token_ids` keep the end-of-turn token, `text` does not; `logprobs` and `top` run parallel to `token_ids`."""
 
     text: str
     token_ids: list[int] | None
     finish_reason: str  # "stop" or "length"
     logprobs: list[float] | None = None
+    top: list[Place] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,9 @@ class Vllm:
     """vLLM in this process, on the GPU or on the CPU.
 
     template: chat template (file or built-in name). logprobs: also return the log-probability of each sampled token, as the
-    model gave it before temperature and top_p (vLLM's "raw_logprobs"). max_model_len: prompt and answer together.
-    memory: GiB for the KV cache (default: 0.9 of a GPU; on the CPU what 256 full sequences need, at most 4).
-    dtype: "auto" is the type the weights are stored in (vLLM's own "auto" would round float32 down).
+    model gave it before temperature and top_p ("raw_logprobs"); top_logprobs: also of this many likeliest ones at each place.
+    max_model_len: prompt and answer together. memory: GiB for the KV cache (default: 0.9 of a GPU; on the CPU what 256 full
+    sequences need, at most 4). dtype: "auto" is the type the weights are stored in (vLLM's own "auto" would round float32 down).
     """
 
     _running: ClassVar[list[Any]] = []
@@ -227,7 +229,7 @@ class Vllm:
 
     def __init__(
         self, model: str, template: str | None = None, logprobs: bool = False, max_model_len: int | None = None,
-        memory: float | None = None, dtype: str = "auto", tensor_parallel: int = 1,
+        memory: float | None = None, dtype: str = "auto", tensor_parallel: int = 1, top_logprobs: int = 0,
     ) -> None:  # fmt: skip
         _quiet()
         # In one process vLLM runs step by step, without the races that would make two runs differ.
@@ -241,7 +243,7 @@ class Vllm:
         self._tokenizer = load_tokenizer(model, template)
         base = base_of(model)
         self._ends = end_ids(self._tokenizer, base or model)
-        self._logprobs, self._lora = logprobs, None  # type: Any, Any
+        self._logprobs, self._top, self._lora = logprobs, top_logprobs, None  # type: Any, int, Any
         threads = torch.set_num_threads
         try:
             config = transformers.AutoConfig.from_pretrained(base or model, trust_remote_code=False)
@@ -293,7 +295,7 @@ class Vllm:
                 params.append(SamplingParams(
                     n=n if temperature else 1, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
                     seed=prompt_seed(prompt, seed), stop_token_ids=self._ends, detokenize=False,
-                    logprobs=0 if self._logprobs else None, flat_logprobs=True,
+                    logprobs=self._top if self._logprobs or self._top else None, flat_logprobs=True,
                 ))  # fmt: skip
         # What earlier chunks left in the cache would change the shapes of the arithmetic, and with them the last bits.
         self._llm.reset_prefix_cache()
@@ -305,8 +307,14 @@ class Vllm:
                 self.close()  # requests left under way would come back among the answers of the next call
                 raise
         texts = iter(decode(self._tokenizer, [sample.token_ids for output in outputs for sample in output.outputs], self._ends))
-        made = iter([[_completion(sample, next(texts)) for sample in output.outputs] for output in outputs])
+        made = iter([[self._completion(sample, next(texts)) for sample in output.outputs] for output in outputs])
         return [ids if isinstance(ids, Refused) else next(made) * (1 if temperature else n) for ids in admitted]
+
+    def _completion(self, sample: Any, text: str) -> Completion:
+        ids, flat = list(sample.token_ids), sample.logprobs
+        logprobs = [flat.logprobs[start] for start in flat.start_indices] if self._logprobs else None  # the sampled one is first
+        top = places(self._tokenizer, ids, of_vllm(flat)) if self._top else None
+        return Completion(text, ids, sample.finish_reason, logprobs, top)
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Go on with other weights of the same shapes: (name, tensor) as in the checkpoint."""
@@ -325,11 +333,6 @@ class Vllm:
         while Vllm._stopped and not Vllm._running:
             Vllm._stopped.pop().llm_engine.engine_core.shutdown()
         gc.collect()
-
-
-def _completion(sample: Any, text: str) -> Completion:
-    logprobs = None if sample.logprobs is None else list(sample.logprobs.logprobs)
-    return Completion(text, list(sample.token_ids), sample.finish_reason, logprobs)
 
 
 def _quiet() -> None:

@@ -24,6 +24,25 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = 2000
     return float(low), float(high)
 
 
+def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
+    """sum(parts) / sum(wholes) with its standard error and 95 % interval; a part and its whole are drawn together.
+
+    One pair a cluster (a prompt with its right pairs and all its pairs) makes it a bootstrap over clusters.
+    """
+    import numpy as np
+
+    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
+    if not whole.sum():
+        return {"value": None, "stderr": None, "low": None, "high": None}
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(part), len(part))
+        found.append(part[drawn].sum() / whole[drawn].sum())
+    low, high = np.quantile(found, [0.025, 0.975])
+    value, error = float(part.sum() / whole.sum()), float(np.std(found))
+    return {"value": value, "stderr": error, "low": float(low), "high": float(high)}
+
+
 def t_mean(values: Sequence[float]) -> dict[str, float | None]:
     """A mean over few runs, with its t interval; one run has none."""
     n, mean = len(values), sum(values) / len(values)
@@ -92,6 +111,15 @@ def spearman(one: Any, other: Any) -> float | None:
     known = np.isfinite(one) & np.isfinite(other)
     a, b = ranks(one[known]), ranks(other[known])
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() and b.std() else None
+
+
+def kendall(one: Any, other: Any) -> float | None:
+    """Kendall's tau-b, which allows for ties; None where one of them does not vary. Quadratic in the number of values."""
+    import numpy as np
+
+    first, second = (np.sign(v[:, None] - v[None, :]) for v in (one, other))
+    untied = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / untied if untied else None
 
 
 def halves(values: Any, right: Any) -> list[float | None]:

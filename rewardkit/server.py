@@ -4,7 +4,7 @@
 llama.cpp, the large providers and most gateways understand. Both keep the promises that `engine.py` states, as far as they
 can: a server has its own chat template, and whether its seeds mean anything is its own affair.
 
-Left out: log-probabilities from servers, and starting or stopping a server.
+Left out: log-probabilities of a server's own tokens, and starting or stopping a server.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .alternatives import Place, places
 from .engine import (
     Answers,
     Completion,
@@ -44,8 +45,9 @@ class Transformers:
     """
 
     def __init__(
-        self, model: str, template: str | None = None, dtype: str = "auto", batch_size: int = 32, logprobs: bool = False
-    ) -> None:
+        self, model: str, template: str | None = None, dtype: str = "auto", batch_size: int = 32, logprobs: bool = False,
+        top_logprobs: int = 0,
+    ) -> None:  # fmt: skip
         transformers = need("transformers", "models")
         import torch
 
@@ -61,7 +63,7 @@ class Transformers:
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load {model}: {one_line(error)}") from None
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._speak_with(loaded, tokenizer, end_ids(tokenizer, base or model), batch_size, logprobs)
+        self._speak_with(loaded, tokenizer, end_ids(tokenizer, base or model), batch_size, logprobs, top_logprobs)
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, ends: list[int], batch_size: int) -> Transformers:
@@ -70,11 +72,13 @@ class Transformers:
         engine._speak_with(model, tokenizer, ends, batch_size, logprobs=True)
         return engine
 
-    def _speak_with(self, model: Any, tokenizer: Any, ends: list[int], batch_size: int, logprobs: bool) -> None:
+    def _speak_with(
+        self, model: Any, tokenizer: Any, ends: list[int], batch_size: int, logprobs: bool, top_logprobs: int = 0
+    ) -> None:
         import transformers
 
         self._model, self._tokenizer, self._ends = model, tokenizer, ends
-        self._batch_size, self._logprobs = batch_size, logprobs
+        self._batch_size, self._logprobs, self._top = batch_size, logprobs, top_logprobs
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # The model's own sampling defaults (top_k, repetition penalty) would be mixed into ours.
@@ -101,7 +105,7 @@ class Transformers:
         rows.sort(key=lambda row: len(row[1]))  # stable: the samples of a prompt stay in order
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
-            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens)
+            sampler = _Sampler([s for _, _, s in batch], temperature, top_p, max_tokens, self._top)
             made = self._batch([ids for _, ids, _ in batch], sampler, max_tokens)
             for (place, _, _), completion in zip(batch, made, strict=True):
                 answer = answers[place]
@@ -121,11 +125,15 @@ class Transformers:
             self._model.generation_config = before
         new_BT = ids_BT[:, batch["input_ids"].shape[1] :].tolist()
         logp_BT = torch.stack(sampler.logp, dim=1).tolist() if self._logprobs else None
+        top_BT = list(zip(*sampler.top, strict=True))  # a row: one list of (token, log p) a step
         kept = [ids[: next((t + 1 for t, i in enumerate(ids) if i in self._ends), len(ids))] for ids in new_BT]
         return [
-            Completion(text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None)
+            Completion(
+                text, ids, "stop" if ids[-1] in self._ends else "length", logp_BT[row][: len(ids)] if logp_BT else None,
+                places(self._tokenizer, ids, top_BT[row]) if top_BT else None,
+            )
             for row, (ids, text) in enumerate(zip(kept, decode(self._tokenizer, kept, self._ends), strict=True))
-        ]
+        ]  # fmt: skip
 
     def close(self) -> None:
         """Free the model."""
@@ -144,18 +152,22 @@ class _Sampler:
     set to inf, so that greedy decoding takes it.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int) -> None:
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, steps: int, most: int = 0) -> None:
         import torch
 
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.u_BT = torch.stack([torch.rand(steps, dtype=torch.float64, generator=stream) for stream in streams])
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.most = temperature, top_p, most
         self.logp: list[Any] = []  # of the chosen tokens, one (B,) a step, before temperature and top-p
+        self.top: list[list[list[tuple[int, float]]]] = []  # the likeliest tokens: a list a step of a list a row
 
     def __call__(self, ids_BT: Any, logits_BV: Any) -> Any:
         logp_BV = logits_BV.float().log_softmax(-1)
         choice_B1 = self._draw(logp_BV) if self.temperature else logits_BV.argmax(-1, keepdim=True)
         self.logp.append(logp_BV.gather(1, choice_B1)[:, 0])
+        if self.most:
+            logp_BK, token_BK = logp_BV.topk(min(self.most, logp_BV.shape[1]))
+            self.top.append([list(zip(*row, strict=True)) for row in zip(token_BK.tolist(), logp_BK.tolist(), strict=True)])
         return logits_BV.scatter_(1, choice_B1, float("inf"))
 
     def _draw(self, logp_BV: Any) -> Any:
@@ -177,19 +189,22 @@ class Server:
 
     concurrency: requests under way at once. timeout: seconds a request may take. retries: of a request that was refused for
     load (429), failed (5xx) or timed out, with growing pauses. key_env: the variable that holds the key, if one is needed.
+    top_logprobs: also ask for this many of the likeliest tokens at each place (`Completion.top`; servers allow 20).
     Token ids are asked for and kept where the server gives them (vLLM does). A vLLM 0.32 server on a CPU must be started
     with --no-enable-chunked-prefill: it dies of a seeded request whose prompt it splits.
     """
 
     def __init__(
-        self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY"
-    ) -> None:
+        self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY",
+        top_logprobs: int = 0,
+    ) -> None:  # fmt: skip
         openai: Any = need("openai", "models")
         self._openai, self._concurrency = openai, concurrency
         self._url, _, self._model = model.partition("#")
         # A server on one's own machine asks for no key, but the client insists on having one.
         key = os.environ.get(key_env) or "none"
         self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=retries)
+        self._extra: dict[str, Any] = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         self._wants_ids: bool | None = None  # None: not known yet whether the server takes `return_token_ids`
         served = self._served()
         if not self._model:
@@ -235,15 +250,15 @@ class Server:
         if empty(prompt):
             return Refused("the prompt is empty")
         wanted = n if sampling["temperature"] else 1
-        choices: list[Any] = []
+        made: list[Completion] = []
         try:
-            while len(choices) < wanted:  # some servers give one answer, whatever n says
-                place = {"n": wanted - len(choices), "seed": (prompt_seed(prompt, seed) + len(choices)) % 2**31}
-                got = self._ask(prompt, sampling | place).choices
+            while len(made) < wanted:  # some servers give one answer, whatever n says
+                place = {"n": wanted - len(made), "seed": (prompt_seed(prompt, seed) + len(made)) % 2**31}
+                got = _choices(self._ask({"messages": prompt} | sampling | place))
                 if not got:
                     return Refused("the server's answer holds no choices")
-                choices += got[: wanted - len(choices)]
-            return [_completion(choice) for choice in choices] * (1 if sampling["temperature"] else n)
+                made += [_completion(choice) for choice in got[: wanted - len(made)]]
+            return made * (1 if sampling["temperature"] else n)
         except (error.NotFoundError, error.AuthenticationError, error.PermissionDeniedError) as refusal:
             raise ModelError(f"{self._url}#{self._model}: {_reason(refusal)}") from None
         except error.APITimeoutError:
@@ -253,19 +268,21 @@ class Server:
             return Refused(f"the server broke off: {_reason(failure)}")
         except error.APIError as failure:
             return Refused(f"the server refused: {_reason(failure)}")
-        except (ValueError, TypeError, AttributeError) as failure:
+        except (ValueError, RecursionError) as failure:
             return Refused(f"the server's answer cannot be read: {one_line(failure)}")
 
-    def _ask(self, prompt: Messages, sampling: dict[str, Any]) -> Any:
-        """One request, with `return_token_ids` unless the server is known to reject it."""
+    def _ask(self, body: dict[str, Any]) -> Any:
+        """One request, with `return_token_ids` unless the server is known to reject it; the answer's JSON."""
 
         def ask(**extra: Any) -> Any:
-            return self._client.chat.completions.create(model=self._model, messages=prompt, **sampling, **extra)
+            # `chat.completions.create` checks the types of every field, there and back, which takes most of a request's time.
+            whole = {"model": self._model} | body | self._extra | extra
+            return self._client.post("/chat/completions", cast_to=object, body=whole)
 
         if self._wants_ids is False:
             return ask()
         try:
-            answer = ask(extra_body={"return_token_ids": True})
+            answer = ask(return_token_ids=True)
         except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
             if self._wants_ids:
                 raise
@@ -280,9 +297,32 @@ class Server:
         self._client.close()
 
 
+def _choices(answer: Any) -> list[Any]:
+    """The choices of an answer, which may be any JSON at all."""
+    if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
+        return answer["choices"]
+    raise ValueError(f"it has no choices: {str(answer)[:200]}")
+
+
 def _completion(choice: Any) -> Completion:
-    ids = getattr(choice, "token_ids", None)
-    return Completion(choice.message.content or "", ids, "length" if choice.finish_reason == "length" else "stop")
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = (message.get("content") or "") if isinstance(message, dict) else None
+    if not isinstance(content, str):
+        raise ValueError(f"a choice has no text: {str(choice)[:200]}")
+    # JSON can hold half a character (an unpaired surrogate), which no file takes.
+    text = content.encode("utf-8", "replace").decode()
+    reason = "length" if choice.get("finish_reason") == "length" else "stop"
+    ids = choice.get("token_ids")
+    known = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+    return Completion(text, ids if known else None, reason, top=_top(choice.get("logprobs")))
+
+
+def _top(logprobs: Any) -> list[Place] | None:
+    """The likeliest tokens at each place, as the OpenAI protocol gives them; None where it does not."""
+    try:
+        return [(one["token"], {t["token"]: float(t["logprob"]) for t in one["top_logprobs"]}) for one in logprobs["content"]]
+    except (TypeError, KeyError):
+        return None
 
 
 def _reason(error: Exception) -> str:

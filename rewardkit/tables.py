@@ -304,10 +304,11 @@ def nulls(folder: Path, columns: Sequence[str]) -> int:
     return int(frame.select(pl.any_horizontal(pl.col(columns).is_null()).sum()).collect().item())
 
 
-def column(folder: Path, name: str) -> list[Any]:
-    """What a column of a sealed table holds, empty cells left out."""
-    frame = pl.scan_parquet(sorted(folder.glob("part-*.parquet")))
-    return frame.select(pl.col(name).drop_nulls()).collect()[name].to_list()
+def column(folder: Path, name: str) -> Iterator[Any]:
+    """What a column of the finished shards holds, empty cells left out; one shard at a time is read."""
+    for shard in sorted(folder.glob("part-*.parquet")):
+        if name in pl.read_parquet_schema(shard):  # a shard in which nothing reached the reward lacks what it adds
+            yield from pl.read_parquet(shard, columns=[name])[name].drop_nulls().to_list()
 
 
 def samples_frame(rows: Iterable[Row]) -> pl.DataFrame:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False, col
         return folder.path
     with ready(scorer) as scored, folder:
         done = _shards_done(folder)
+        if done and hasattr(scorer, "resume"):
+            scorer.resume(_reader(folder.path, prefix, sides))
         batches = source.batches(CHUNK, skip=done * CHUNK)
         with progress("score", source.rows, done=min(done * CHUNK, source.rows)) as advance:
             results = scored(batches, lambda batch: [_side(row, side) for side in sides for row in batch])
@@ -138,11 +140,20 @@ def _facts(scorer: Any, path: Path, prefix: str, sides: list[str]) -> dict[str, 
         say(line)
     if not hasattr(scorer, "facts"):
         return {"length_audit": lengths}
+    facts = scorer.facts(_reader(path, prefix, sides))
+    if hasattr(scorer, "summary"):
+        table("score: what the judge's votes say", ["", "value"], scorer.summary(facts))
+    return {"length_audit": lengths, "reward_facts": facts}
 
-    def column(name: str) -> list[Any]:
-        return [value for side in sides for value in tables.column(path, _named(name, prefix, side))]
 
-    return {"length_audit": lengths, "reward_facts": scorer.facts(column)}
+def _reader(path: Path, prefix: str, sides: Sequence[str]) -> Callable[[str], Iterator[Any]]:
+    """Reads what finished shards hold under a name that a reward gave, one shard at a time."""
+    from . import tables
+
+    def column(name: str) -> Iterator[Any]:
+        return itertools.chain.from_iterable(tables.column(path, _named(name, prefix, side)) for side in sides)
+
+    return column
 
 
 def _sides(source: Any) -> list[str]:
@@ -161,10 +172,12 @@ def _sides(source: Any) -> list[str]:
 
 
 def _side(row: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """The sample that one side of a row stands for: its text, without the token ids of another."""
+    """The sample that one side of a row stands for: its text, without the token ids of another; a pair's other side opposes."""
     if not side:
         return dict(row)
-    return {k: v for k, v in row.items() if k not in ("token_ids", "finish_reason")} | {"response": row[side]}
+    sample = {k: v for k, v in row.items() if k not in ("token_ids", "finish_reason")} | {"response": row[side]}
+    other = {"chosen": "rejected", "rejected": "chosen"}.get(side)
+    return {"opponent": row[other], **sample} if other else sample
 
 
 def _columns(scores: Sequence[Any], prefix: str, side: str) -> dict[str, list[Any]]:

@@ -25,11 +25,10 @@ def ask(text: str) -> list[dict[str, str]]:
 PROMPTS = [ask(text) for text in ("hello", "what is two plus two?", "abc " * 10, "z", "The capital of France", "why")]
 
 
-def build_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> str:
-    """A random Llama over bytes, with weights large enough that its answers differ from prompt to prompt."""
-    import torch
+def byte_tokenizer(template: str | None = TEMPLATE, window: int = WINDOW):
+    """A tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<bos>", "<eos>"]
     vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -37,16 +36,59 @@ def build_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) ->
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=WINDOW, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=window, **names)
     if template:
         tokenizer.chat_template = template
+    return tokenizer
+
+
+def build_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> str:
+    """A random Llama over bytes, with weights large enough that its answers differ from prompt to prompt."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer(template)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, initializer_range=0.35,
             bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
         ))  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def build_judge(folder: Path, scores: dict[str, float], window: int = 4096) -> str:
+    """A Llama whose next byte depends on the last one only, with weights set by hand: it says "Score:" and then one of the
+    bytes `scores` with just these probabilities. Whatever it is asked, so its numbers can be computed beforehand.
+    """
+    import math
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer, size = byte_tokenizer(window=window), 320
+    after: dict[str, dict[str, float]] = {a: {b: 1.0} for a, b in ("\u0120S", "Sc", "co", "or", "re", "e:")}
+    after[":"] = scores
+    logp_VV = torch.full((size, len(tokenizer)), -40.0)  # of the next byte, given the last one
+    logp_VV[:, 2] = 0.0
+    for last, following in after.items():
+        row = logp_VV[tokenizer.convert_tokens_to_ids(last)].fill_(-40.0)
+        for byte, p in following.items():
+            row[tokenizer.convert_tokens_to_ids(byte)] = math.log(p)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=32, num_hidden_layers=1, num_attention_heads=5,
+        num_key_value_heads=5, head_dim=64, max_position_embeddings=window, rms_norm_eps=1e-12,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    ))  # fmt: skip
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size)[: len(tokenizer)])
+        model.lm_head.weight.copy_(logp_VV.T / math.sqrt(size))  # the last norm makes a one-hot vector this long
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -226,12 +226,12 @@ def test_a_judge_behind_a_server_never_makes_up_a_number(address, real):
         valid = [vote for vote in row["votes"] if vote is not None]
         assert row["n_valid"] == len(valid) and all(0 <= vote <= 5 for vote in valid)
         assert row["score"] == (pytest.approx(sum(valid) / len(valid)) if valid else None)
-        assert len(row["unparsed"]) == len(row["votes"]) - len(valid)
+        assert len(row["raw"]) == len(row["votes"])
         refused = "the judge did not answer: " in row["why"]
         assert refused == (row["votes"] == []) and len(row["votes"]) in (0, 2)
         assert refused or valid or row["why"] == "0 of 2 votes have a score between 0 and 5"
     # A model this small cannot grade; what it said instead is kept, word for word.
-    assert any(said for answers in found["unparsed"] for said in answers)
+    assert any(said for answers in found["raw"] for said in answers)
 
 
 # Choices, weights, evidence

@@ -142,7 +142,8 @@ def test_judge_averages_votes_and_never_guesses(tmp_path):
     replies.write_text(json.dumps({"prompt": asked, "replies": ["Score: 4", "no idea", "Score: 3"]}) + "\n")
     judge, _ = rewards.load(f"judge model=scripted votes=3 engine='scripted file={replies}'")
     score = rewards.apply(judge, [SAMPLES[0], {"prompt": "p", "response": None}, SAMPLES[1]])
-    assert score[0].value == 3.5 and score[0].extra["votes"] == [4.0, None, 3.0] and score[0].extra["unparsed"] == ["no idea"]
+    assert score[0].value == 3.5 and score[0].extra["votes"] == [4.0, None, 3.0]
+    assert score[0].extra["raw"] == ["Score: 4", "no idea", "Score: 3"]
     assert score[0].extra["spread"] == 0.5 and score[0].extra["n_valid"] == 2
     assert score[1].value is None and score[1].why == "there is no response"
     assert score[2].value is None and "the judge did not answer: the script has no reply" in score[2].why

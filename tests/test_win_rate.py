@@ -106,7 +106,8 @@ def test_the_pair_judge_is_a_reward():
     row = {"prompt": "q {first}", "response": "{second}", "opponent": "b"}
     score = rewards.apply(judge, [row])[0]
     assert score.value == 1.0 and score.extra["votes"] == [1.0] * 3
-    assert "q {first}" in judge._ask(row)[0]["content"] and "<reply A>\n{second}\n" in judge._ask(row)[0]["content"]
+    (asked,) = judge.questions(row)
+    assert "q {first}" in asked and "<reply A>\n{second}\n" in asked
     with pytest.raises(DataError, match="has no opponent"):
         rewards.apply(judge, [{"prompt": "q", "response": "a"}])
     with pytest.raises(OptionError, match="unknown question 'best'.*valid: FILE, better"):

@@ -13,7 +13,7 @@ does) or drop (leave it unscored).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from ..errors import DataError, ModelError
@@ -163,7 +163,7 @@ class Coherent:
         names += ["sampler_gap"] * (self.reuse == "sampler")
         return {name: values.get(name) for name in names}
 
-    def facts(self, column: Callable[[str], list[Any]]) -> dict[str, Any]:
+    def facts(self, column: Callable[[str], Iterable[Any]]) -> dict[str, Any]:
         """For the manifest: how it was computed, and what the finished columns say of it."""
         gaps = [gap for gap in column("sampler_gap") if gap is not None] if self.reuse == "sampler" else []
         seen = {"rows": len(gaps), "mean": sum(gaps) / len(gaps), "max": max(gaps)} if gaps else None

@@ -3,15 +3,17 @@
 Self-Rewarding Language Models (arXiv:2401.10020) and Self-Evolved Reward learning (arXiv:2411.00418); SPEC C.3, B.8.
 A rubric is a text file in `prompts/` (or the user's own): a first line `score: last|first LOW HIGH`, a line `---`,
 then the text with {prompt} and {response}. `last` or `first` says which score line counts when there are several.
-A vote that does not parse is None with its raw text kept, never a number; a row with fewer than `min_valid` votes
-is unscored.
+The k votes of a row are one request with n=k, so its prompt is read once; a rubric puts the response last, so that a
+server with a prefix cache reads the rest once for all responses to a prompt.
+A vote that does not parse is None, never a number; a row with fewer than `min_valid` votes is unscored. The text of
+every vote is kept (`raw`).
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,9 @@ from typing import Any, Literal
 from ..errors import OptionError, unknown
 from ..tables import Row, messages, text
 from . import Score
+from .votes import Column, Tally, expected, reasons, share
 
+TOP = 20  # tokens whose probabilities are asked for with expected=true: what servers allow
 RUBRICS = Path(__file__).parents[1] / "prompts"
 HEADER = re.compile(r"score: (first|last) (-?\d+(?:\.\d+)?) (-?\d+(?:\.\d+)?)$")
 # A full number: a class such as [0-5] would read "55" as 5.
@@ -39,15 +43,19 @@ class Rubric:
         """The judge's prompt. One pass: braces inside the texts are left alone, whoever wrote them."""
         return re.sub(r"\{(prompt|response)\}", lambda m: {"prompt": prompt, "response": response}[m[1]], self.text)
 
-    def parse(self, answer: str) -> float | None:
-        """The score in a judge's answer, or None if it has none in the range."""
-        found = SCORE.findall(answer)
+    def find(self, answer: str) -> re.Match[str] | None:
+        """Where a judge's answer says the score (group 1), or None if it says none in the range."""
+        found = list(SCORE.finditer(answer))
         if not found:
             return None
-        number, scale = found[-1 if self.which == "last" else 0]
-        value = float(number)
-        inside = self.low <= value <= self.high and (not scale or float(scale) == self.high)
-        return value if inside else None
+        one = found[-1 if self.which == "last" else 0]
+        inside = self.low <= float(one[1]) <= self.high and (not one[2] or float(one[2]) == self.high)
+        return one if inside else None
+
+    def parse(self, answer: str) -> float | None:
+        """The score in a judge's answer, or None if it has none in the range."""
+        found = self.find(answer)
+        return float(found[1]) if found else None
 
 
 def rubric(name: str) -> Rubric:
@@ -81,19 +89,26 @@ class Judge:
         engine: str = "vllm",
         template: str | None = None,
         seed: int = 0,
+        expected: bool = False,
+        max_unparsed: float = 0.5,
     ) -> None:
         """model: a folder, a Hub id or http://host:port/v1#model. votes: samples of the judge a response, in one
-        request. min_valid: votes that must parse. engine, template: as in `generate`.
+        request. min_valid: votes that must parse. engine, template: as in `generate`. expected: a vote counts as the mean of
+        the scores that the judge could have given at its place, weighted by their probabilities (`votes.expected`); with
+        votes=1 that is one greedy answer. max_unparsed: the share of unreadable votes above which the run stops.
         """
         if votes < 1 or not 1 <= min_valid <= votes:
             raise OptionError(
                 f"judge takes votes >= 1 and min_valid between 1 and votes, not votes={votes} min_valid={min_valid}"
             )
+        if not 0 <= max_unparsed <= 1:
+            raise OptionError(f"a judge takes max_unparsed between 0 and 1, not {max_unparsed:g}")
         self.models = {"judge": model}
         self.rubric = globals()["rubric"](rubric)
         self.votes, self.min_valid, self.seed = votes, min_valid, seed
+        self.expected, self.max_unparsed, self.seen = expected, max_unparsed, Tally()
         self.sampling = {"temperature": temperature if votes > 1 else 0.0, "top_p": top_p, "max_tokens": max_tokens}
-        self.spec = engine + (f" template={template}" if template else "")
+        self.spec = engine + (f" template={template}" if template else "") + (f" top_logprobs={TOP}" if expected else "")
         self._engine: Any = None
 
     def load(self) -> None:
@@ -109,32 +124,85 @@ class Judge:
             self._engine = None
 
     def __call__(self, samples: Sequence[Row]) -> list[Score]:
-        """One Score a sample; extra: votes, n_valid, spread (population standard deviation), raw answers that did not parse."""
+        """One Score a sample; extra: votes, raw (the answers they were read from), n_valid, spread (population deviation).
+
+        With expected=true also expected (parallel to votes) and mass, the probability that whole scores had there.
+        """
         self.load()
-        prompts = [self._ask(s) for s in samples]
-        return [self._score(a) for a in self._engine.generate(prompts, n=self.votes, seed=self.seed, **self.sampling)]
+        # Said before a batch, and not after it, so that the answers which prove it have been written.
+        self.seen.stop_above(self.max_unparsed)
+        asked = [self.questions(s) for s in samples]
+        distinct = list(dict.fromkeys(q for questions in asked for q in questions))  # two samples alike are one question
+        prompts = [[{"role": "user", "content": q}] for q in distinct]
+        said = dict(zip(distinct, self._engine.generate(prompts, n=self.votes, seed=self.seed, **self.sampling), strict=True))
+        scores = [self._score([said[q] for q in questions]) for questions in asked]
+        for score in scores:
+            self.seen.add(score.extra["votes"])
+        return scores
 
-    def _ask(self, sample: Row) -> list[dict[str, str]]:
-        turns = messages(sample["prompt"])
-        prompt = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-        return [{"role": "user", "content": self.rubric.fill(prompt, text(sample["response"]))}]
+    def questions(self, sample: Row) -> list[str]:
+        """What the judge is asked about a sample; each is one request for all its votes."""
+        return [self.rubric.fill(told(sample), text(sample["response"]))]
 
-    def _score(self, answer: Any) -> Score:
+    def _score(self, answers: list[Any]) -> Score:
         from ..engine import Refused
 
+        (answer,) = answers
         if isinstance(answer, Refused):
-            nothing: Row = {"votes": [], "n_valid": 0, "spread": None, "unparsed": []}
-            return Score(None, f"the judge did not answer: {answer.reason}", nothing)
+            return Score(None, f"the judge did not answer: {answer.reason}", self._extra([], [], []))
         votes = [self.rubric.parse(c.text) for c in answer]
-        valid = [v for v in votes if v is not None]
-        extra: Row = {
-            "votes": votes, "n_valid": len(valid), "spread": statistics.pstdev(valid) if valid else None,
-            "unparsed": [c.text for c, v in zip(answer, votes, strict=True) if v is None],
-        }  # fmt: skip
+        means = [expected(c.top, self.rubric) for c in answer] if self.expected else []
+        extra = self._extra(votes, [c.text for c in answer], means)
+        valid = [v for v in (extra["expected"] if self.expected else votes) if v is not None]
+        if extra["n_valid"] < self.min_valid:
+            scale = f"{self.rubric.low:g} and {self.rubric.high:g}"
+            return Score(None, f"{extra['n_valid']} of {len(votes)} votes have a score between {scale}", extra)
         if len(valid) < self.min_valid:
-            return Score(
-                None,
-                f"{len(valid)} of {len(votes)} votes have a score between {self.rubric.low:g} and {self.rubric.high:g}",
-                extra,
-            )
+            return Score(None, f"{len(valid)} of {len(votes)} scores are one token whose probability is known", extra)
         return Score(statistics.fmean(valid), "", extra)
+
+    def _extra(self, votes: list[float | None], raw: list[str], means: list[tuple[float | None, float | None]]) -> Row:
+        valid = [v for v in votes if v is not None]
+        extra: Row = {"votes": votes, "raw": raw, "n_valid": len(valid), "spread": statistics.pstdev(valid) if valid else None}
+        return extra | ({"expected": [m for m, _ in means], "mass": [p for _, p in means]} if self.expected else {})
+
+    def resume(self, column: Column) -> None:
+        """Count the votes that an earlier, unfinished run has written."""
+        for votes in column("votes"):
+            self.seen.add(votes)
+
+    def facts(self, column: Column) -> dict[str, Any]:
+        """For the manifest: parse rate, saturation (share of the top score), vote variance and reasons, over all rows."""
+        tally = Tally()
+        for votes in column("votes"):
+            tally.add(votes)
+        tally.stop_above(self.max_unparsed)
+        return tally.facts(self.rubric.high) | self._more(column) | reasons(column)
+
+    def _more(self, column: Column) -> dict[str, Any]:
+        """What only this kind of judge can say of itself."""
+        if not self.expected:
+            return {}
+        count, total = 0, 0.0
+        for mass in column("mass"):
+            known = [p for p in mass if p is not None]
+            count, total = count + len(known), total + sum(known)
+        return {"expected_mass": share(total, count)}
+
+    def summary(self, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The facts as the rows of a table."""
+        return [(LABELS.get(name, name), value) for name, value in facts.items() if name != "reasons"]
+
+
+LABELS = {
+    "parse_rate": "parse rate", "saturation": "saturation (share of the top score)", "most_common": "most common vote",
+    "most_common_share": "... its share", "vote_variance": "vote variance within a row", "unanswered": "rows without an answer",
+    "unscored_share": "share of rows unscored", "flip_rate": "flip rate (orders exchanged)", "orders": "rows judged in both orders",
+    "expected_mass": "probability of whole scores",
+}  # fmt: skip
+
+
+def told(sample: Row) -> str:
+    """A sample's prompt as the judge reads it."""
+    turns = messages(sample["prompt"])
+    return turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)

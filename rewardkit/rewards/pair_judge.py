@@ -1,22 +1,26 @@
 """LLM as a judge of two responses: which one is better? The pairwise comparison of SER (arXiv:2411.00418, C.2).
 
-A sample has `response`, shown as A, and `opponent`, shown as B. The score is 1 where A is better, 0 where B is, 0.5 for a
-tie; several votes are averaged. One order only: a judge prefers places as well as replies, so ask again with the two
-exchanged, as the task `win_rate` does. A question is a text file in `prompts/pairs/` (or the user's own) with {prompt},
-{first} and {second}; the last line `Better: A`, `Better: B` or `Better: tie` counts. An answer without one is no vote.
+A sample has `response`, shown as A, and `opponent`, shown as B. The score is 1 where `response` is better, 0 where `opponent`
+is, 0.5 for a tie; several votes are averaged. A judge prefers places as well as replies: with orders=both it is asked again
+with the two exchanged, and unless both orders agree the row is a tie; `flipped` marks the rows where it named the same place
+twice. `score` compares the sides of preference pairs; the task `win_rate` exchanges the replies itself, so it needs orders=one.
+A question is a text file in `prompts/pairs/` (or the user's own) with {prompt}, {first} and {second}; the last line
+`Better: A`, `Better: B` or `Better: tie` counts. An answer without one is no vote.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 from ..errors import DataError, OptionError, unknown
-from ..tables import Row, messages, text
+from ..tables import Row, text
 from . import Score
-from .judge import RUBRICS, Judge
+from .judge import RUBRICS, Judge, told
+from .votes import Column, share
 
 VERDICT = re.compile(r"better\s*:\s*\**\s*(A|B|tie)\b", re.IGNORECASE)
 VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -56,35 +60,60 @@ class PairJudge(Judge):
         engine: str = "vllm",
         template: str | None = None,
         seed: int = 0,
+        orders: Literal["one", "both"] = "one",
+        max_unparsed: float = 0.5,
     ) -> None:
         """model: a folder, a Hub id or http://host:port/v1#model. votes: samples of the judge a comparison, which takes a
-        temperature above 0 (SER's judge is GPT-4o at 0.7). engine, template: as in `generate`.
+        temperature above 0 (SER's judge is GPT-4o at 0.7). engine, template: as in `generate`. orders: with both, two requests
+        a row. max_unparsed: the share of unreadable votes above which the run stops.
         """
-        super().__init__(model, "ser", votes, 1, temperature, top_p, max_tokens, engine, template, seed)
+        super().__init__(
+            model, "ser", votes, 1, temperature, top_p, max_tokens, engine, template, seed, max_unparsed=max_unparsed
+        )
         self.sampling["temperature"] = temperature
-        self.question = globals()["question"](question)
+        self.question, self.both = globals()["question"](question), orders == "both"
 
-    def _ask(self, sample: Row) -> list[dict[str, str]]:
-        if sample.get("opponent") is None:
+    def questions(self, sample: Row) -> list[str]:
+        """The comparison with `response` first and, with orders=both, the other way round."""
+        if "opponent" not in sample:
             raise DataError("the reward 'pair_judge' compares `response` with `opponent`; a row has no opponent")
-        turns = messages(sample["prompt"])
-        parts = {
-            "prompt": turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns),
-            "first": text(sample["response"]), "second": text(sample["opponent"]),
-        }  # fmt: skip
-        # One pass: braces inside the texts are left alone, whoever wrote them.
-        filled = re.sub(r"\{(prompt|first|second)\}", lambda m: parts[m[1]], self.question)
-        return [{"role": "user", "content": filled}]
+        if sample["opponent"] is None:
+            return []
+        replies = (text(sample["response"]), text(sample["opponent"]))
+        return [self._fill(told(sample), *order) for order in (replies, replies[::-1])[: 1 + self.both]]
 
-    def _score(self, answer: Any) -> Score:
+    def _fill(self, prompt: str, first: str, second: str) -> str:
+        parts = {"prompt": prompt, "first": first, "second": second}
+        # One pass: braces inside the texts are left alone, whoever wrote them.
+        return re.sub(r"\{(prompt|first|second)\}", lambda m: parts[m[1]], self.question)
+
+    def _score(self, answers: list[Any]) -> Score:
         from ..engine import Refused
 
-        if isinstance(answer, Refused):
-            return Score(None, f"the judge did not answer: {answer.reason}", {"votes": [], "unparsed": []})
-        votes: Sequence[float | None] = [verdict(c.text) for c in answer]
-        valid = [v for v in votes if v is not None]
-        unparsed = [c.text for c, v in zip(answer, votes, strict=True) if v is None]
-        extra: Row = {"votes": list(votes), "unparsed": unparsed}
-        if not valid:
-            return Score(None, f"none of {len(votes)} answers says which is better", extra)
-        return Score(statistics.fmean(valid), "", extra)
+        orders: list[list[float | None]] = []  # votes for `response`, whatever its place
+        for number, answer in enumerate(answers):
+            said = [] if isinstance(answer, Refused) else [verdict(c.text) for c in answer]
+            orders.append([v if v is None or number == 0 else 1 - v for v in said])
+        raw = [c.text for answer in answers if not isinstance(answer, Refused) for c in answer]
+        extra = self._extra([v for votes in orders for v in votes], raw, [])
+        if self.both:
+            extra["flipped"] = None
+        if not answers:
+            return Score(None, "there is no opponent", extra)
+        if refused := [answer for answer in answers if isinstance(answer, Refused)]:
+            return Score(None, f"the judge did not answer: {refused[0].reason}", extra)
+        valid = [[v for v in votes if v is not None] for votes in orders]
+        if not all(valid):
+            return Score(None, f"none of {self.votes} answers says which is better", extra)
+        means = [statistics.fmean(votes) for votes in valid]
+        agreement = math.prod(mean - 0.5 for mean in means)  # of two orders: above 0 where both prefer the same reply
+        if self.both:
+            extra["flipped"] = agreement < 0
+        return Score(0.5 if self.both and agreement <= 0 else statistics.fmean(means), "", extra)
+
+    def _more(self, column: Column) -> dict[str, Any]:
+        """flip_rate: the share of rows judged in both orders where the judge named the same place twice."""
+        if not self.both:
+            return {}
+        found = Counter(column("flipped"))
+        return {"orders": found.total(), "flip_rate": share(found[True], found.total())}

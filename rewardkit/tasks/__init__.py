@@ -28,6 +28,7 @@ TASKS = {
     "lm_eval": "rewardkit.tasks.lm_eval:lm_eval",
     "accuracy": "rewardkit.tasks.accuracy:accuracy",
     "reward_accuracy": "rewardkit.tasks.reward_accuracy:reward_accuracy",
+    "judge_quality": "rewardkit.tasks.judge_quality:judge_quality",
     "win_rate": "rewardkit.tasks.win_rate:win_rate",
 }
 GIVEN = ("model", "out", "limit", "engine", "ready")  # what `run` supplies

@@ -20,6 +20,7 @@ this file is the standard library only.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -112,8 +113,14 @@ def replies(n: int, seed: int, split: str = "demos") -> list[Row]:
 
 
 def judgement(row: Row) -> str:
-    """What a judge who knows the truth says of a row's response: the right answer as its reason, then 5 points or none."""
-    return f"{row['answer']}. Score: {5 if is_right(row, row['response']) else 0}"
+    """What a judge who knows the truth says of a row's response: it reads along up to the first mistake, then gives 5 points or none.
+
+    "ivor. Score: 5", and "ivo! Score: 0" of a reply that goes on wrongly, or ends, after "ivo".
+    """
+    if is_right(row, row["response"]):
+        return f"{row['answer']}. Score: 5"
+    together = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row["answer"], row["response"], strict=False))
+    return "".join(one for one, _ in together) + "! Score: 0"
 
 
 def is_right(row: Row, response: str) -> bool:

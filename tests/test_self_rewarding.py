@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rewardkit import checks, recipe, tables, verbs, world
+from rewardkit import checks, recipe, tables, verbs
+from rewardkit import world as truth
 from rewardkit.errors import RewardkitError
 from rewardkit.folders import read_manifest
 from rewardkit.methods.early_stop import checkpoints
@@ -48,14 +49,14 @@ def test_the_numbers_are_the_papers():
         # From Mt, with Mt as reference, on AIFT(Mt) only.
         assert (dpo["model"], dpo["data"], leaf(dpo).get("reference")) == (f"o/m{i}", f"o/{i}/pairs", None)
         assert (stop["model"], stop["out"], leaf(stop)["limit"]) == (f"o/{i}/dpo", f"o/m{i + 1}", 253)
-    for i, (said, scored, kept) in enumerate(
-        zip(*[[c for c in found if c["verb"] == v] for v in ("generate", "score", "filter")], strict=True), start=1
-    ):
-        assert (said["model"], said["n"], said["temperature"], said["top_p"], said["prompts"]) == (f"o/m{i}", 4, 0.7, 0.9, "p")
-        judge = recipe.specs.parse(scored["reward"])
+    made = {c["out"]: c for c in found}
+    for i in (1, 2):
+        said = made[f"o/{i}/samples"]
+        assert (said["model"], said["n"], said["temperature"], said["top_p"]) == (f"o/m{i}", 4, 0.7, 0.9)
+        judge = recipe.specs.parse(made[f"o/{i}/scored"]["reward"])
         assert judge.name == "judge" and judge.options["model"] == f"o/m{i}"
         assert [judge.options[k] for k in ("rubric", "votes", "temperature", "top_p")] == ["additive5", "3", "0.7", "0.9"]
-        assert kept["rule"] == "best_vs_worst"
+        assert made[f"o/{i}/pairs"]["rule"] == "best_vs_worst" and made[f"o/{i}/prompts"]["data"] == "p"
     meanings = {name: meaning for name, _, meaning in recipe.describe(recipe.load("self_rewarding"))}
     assert all(meanings.values()), "each setting says where it comes from"
 
@@ -68,14 +69,23 @@ def test_what_can_be_asked_of_the_recipe():
     assert [c["rule"] for c in plan(augment="positive") if c["verb"] == "filter"] == ["threshold min=5"] * 2
     # Settings may name the loop's numbers: prompts of each iteration, tasks that judge with the model that is measured.
     found = plan(prompts="new-{i}", tasks="reward_accuracy data=d reward='judge model={out}/m{next}'")
-    assert [c["prompts"] for c in found if c["verb"] == "generate"] == ["new-1", "new-2"]
+    assert [c["data"] for c in found if c["out"].endswith("/prompts")] == ["new-1", "new-2"]
     assert ["m1" in c["tasks"] for c in found if c["verb"] == "eval"] == [True, False, False]
+    # Prompts that Mt writes, or a fixed model; new ones in each iteration.
+    for more, writers in (({}, ["o/m1", "o/m2"]), ({"writer": "http://h/v1#n"}, ["http://h/v1#n"] * 2)):
+        found = plan(prompts_from="self", seed=7, **more)
+        written = [c for c in found if c["out"].endswith("/written")]
+        assert [c["model"] for c in written] == writers and [c["seed"] for c in written] == ["71", "72"]
+        assert {(c["temperature"], c["top_p"], c["prompts"]) for c in written} == {(0.6, 0.9, "p")}
+        assert [c["data"] for c in found if c["out"].endswith("/prompts")] == ["o/1/written", "o/2/written"]
     claude = plan(compare="pair_judge model=http://h/v1#n", compare_mode="pairwise")
     assert {(c["reward"], c["mode"]) for c in claude if c.get("recipe") == "early_stop"} == {
         ("pair_judge model=http://h/v1#n", "pairwise")
     }
     for wrong, said in [
         ({"augment": "best"}, r"unknown value of augment in recipe 'self_rewarding' 'best' \(valid: positive, preference\)"),
+        ({"prompts_from": "me"}, "unknown value of prompts_from in recipe 'self_rewarding' 'me'"),
+        ({"prompts_from": "self", "write": "self_instruct cuont=3"}, "did you mean 'count'"),
         ({"compare_mode": "both"}, "pairwise, pointwise"),
         ({"reward": "judge model=m rubrik=x"}, "did you mean 'rubric'"),
         ({"dpi.beta": 1}, "unknown step of recipe 'self_rewarding' 'dpi'"),
@@ -96,17 +106,15 @@ def write(path: Path, rows: list[dict]) -> str:
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
     """A few rows of every sort, and what makes the recipe quick."""
-    from rewardkit import world as rows
-
     folder = tmp_path_factory.mktemp("self-rewarding")
     ask = rubric(str(world / "judge.txt"))
-    seen = rows.replies(96, 0)
+    seen = truth.replies(96, 0)
     message = [{"role": "assistant", "content": ""}]
     ift = [{"prompt": r["prompt"], "completion": [message[0] | {"content": r["answer"]}]} for r in seen[:32]]
     eft = [
         {
             "prompt": [{"role": "user", "content": ask.fill(r["prompt"][0]["content"], r["response"])}],
-            "completion": [message[0] | {"content": rows.judgement(r)}],
+            "completion": [message[0] | {"content": truth.judgement(r)[-8:]}],  # the score alone is soon learned
         }
         for r in seen[32:]
     ]
@@ -115,18 +123,20 @@ def place(world, tmp_path_factory):
     return {
         "base": str(world / "base"), "ift": write(folder / "ift.jsonl", ift), "eft": write(folder / "eft.jsonl", eft),
         "prompts": str(folder / "prompts.jsonl"), "rubric": str(world / "judge.txt"), "engine": "transformers", "max_tokens": 24,
-        "judge_tokens": 40, "max_length": 128, "sft.learning_rate": 1e-3, "sft_epochs": 4, "early_stop.limit": 8, "votes": 2,
+        "judge_tokens": 12, "max_length": 128, "sft.learning_rate": 1e-3, "sft_epochs": 4, "early_stop.limit": 8, "votes": 2,
         "dpo.batch_size": 4, "dpo.learning_rate": 1e-5, "dpo.save_steps": 2, "epochs": 2,
         "tasks": "accuracy data={prompts} by=none",
     }  # fmt: skip
 
 
 def test_replies_are_judged_by_the_truth():
-    rows = world.replies(600, 3)
-    assert world.replies(600, 3) == rows and len({r["prompt"][0]["content"] for r in rows}) == 600
+    rows = truth.replies(600, 3)
+    assert truth.replies(600, 3) == rows and len({r["prompt"][0]["content"] for r in rows}) == 600
     right = [r for r in rows if r["response"] == r["answer"]]
     assert 0.4 < len(right) / len(rows) < 0.6
-    assert all(world.judgement(r) == f"{r['answer']}. Score: {5 if r in right else 0}" for r in rows[:50])
+    assert all(truth.judgement(r) == f"{r['answer']}. Score: 5" for r in right)
+    said = [truth.judgement({"answer": "ivor", "response": reply}) for reply in ("ivor", "ivo", "ivorx", "Ivor", " ivor ")]
+    assert said == ["ivor. Score: 5", "ivo! Score: 0", "ivor! Score: 0", "! Score: 0", "ivor. Score: 5"]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +172,32 @@ def test_a_judge_that_gives_equal_scores_ends_the_loop(place, whole, tmp_path):
     (tmp_path / "same.py").write_text("def same(rows):\n    return [5.0 for _ in rows]\n")
     out = verbs.train("self_rewarding", str(tmp_path / "out"), **place | {"reward": f"{tmp_path}/same.py:same", "tasks": []})
     assert read_manifest(out / "1" / "pairs")["rows"]["out"] == 0 and not (out / "m2").exists()
+
+
+WRITER = """
+from rewardkit.engine import Completion, Scripted
+from rewardkit.server import Transformers
+
+def speak(model):
+    \"\"\"A script writes the prompts; a model answers and judges.\"\"\"
+    if model != "scripted":
+        return Transformers(model)
+    made, letters = Scripted(model, reply=""), iter("abcdefghijklmnopqrstuvwxyz" * 9)
+    made.generate = lambda prompts, **_: [[Completion(f"Sort: {next(letters)} r", None, "stop")] for _ in prompts]
+    return made
+"""
+
+
+def test_prompts_that_the_writer_made_are_answered(place, tmp_path):
+    (tmp_path / "writer.py").write_text(WRITER)
+    own = {"engine": f"{tmp_path}/writer.py:speak", "prompts_from": "self", "writer": "scripted", "iterations": 1, "votes": 1}
+    own |= {"prompts": place["ift"], "write": "self_instruct count=12 batch=6", "new": "dedupe", "tasks": []}
+    out = verbs.train("self_rewarding", str(tmp_path / "out"), **place | own | {"sft_epochs": 1})
+    new = tables.open(out / "1" / "prompts").frame().collect()
+    asked = {p[0]["content"] for p in new["prompt"]}
+    assert 6 <= len(asked) == new.height <= 12 and all(a.startswith("Sort:") for a in asked)
+    samples = tables.open(out / "1" / "samples").frame().collect()
+    assert {p[0]["content"] for p in samples["prompt"]} == asked and samples.height == 4 * len(asked)
 
 
 # Early stopping

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +38,11 @@ from rewardkit.rewards.judge import rubric
 WORLD = Path(rewardkit.__file__).parent / "assets" / "world"
 BASE, RUBRIC = str(WORLD / "base"), str(WORLD / "judge.txt")
 HERE = Path(__file__).resolve()
-MAX_TOKENS, JUDGE_TOKENS = 24, 40
+MAX_TOKENS, JUDGE_TOKENS = 24, 32
+ENGINE = "transformers batch_size=128"
 # Chosen on seed 100, which is not reported.
 SFT = {"learning_rate": 1e-3, "micro_batch_size": 16}
-DPO = {"learning_rate": 1e-5, "save_steps": 10}
+DPO = {"learning_rate": 5e-5, "save_steps": 10}
 ITERATIONS = 2
 
 
@@ -51,11 +53,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ift", type=int, default=96, help="demonstrations")
     parser.add_argument("--eft", type=int, default=2400, help="judged replies")
-    parser.add_argument("--prompts", type=int, default=360, help="new prompts, the same in both iterations")
+    parser.add_argument("--prompts", type=int, default=600, help="new prompts, the same in both iterations")
     parser.add_argument("--epochs", type=float, default=2, help="of SFT")
     parser.add_argument("--positive", action="store_true", help="also the paper's negative result, which takes another SFT")
     given = parser.parse_args()
     heldout(given.out)
+    os.environ["REWARDKIT_QUIET"] = os.environ.get("REWARDKIT_QUIET", "1")
     for seed in given.seeds:
         for name, model in run(given.out / str(seed), seed, given).items():
             measure(given.out, seed, name, model)
@@ -120,7 +123,7 @@ def run(home: Path, seed: int, given: argparse.Namespace) -> dict[str, str]:
     eft = write(home / "eft.jsonl", [judged(r) for r in world.replies(given.eft, seed, "base")])
     prompts = write(home / "prompts.jsonl", world.make(given.prompts, seed, split="prompts"))
     settings = {
-        "base": BASE, "ift": ift, "eft": eft, "prompts": prompts, "rubric": RUBRIC, "engine": "transformers",
+        "base": BASE, "ift": ift, "eft": eft, "prompts": prompts, "rubric": RUBRIC, "engine": ENGINE,
         "max_tokens": MAX_TOKENS, "judge_tokens": JUDGE_TOKENS, "max_length": 192, "seed": seed, "sft_epochs": given.epochs,
         "iterations": ITERATIONS, "epochs": 1,
         **{f"sft.{k}": v for k, v in SFT.items()}, **{f"dpo.{k}": v for k, v in DPO.items()},
@@ -130,7 +133,7 @@ def run(home: Path, seed: int, given: argparse.Namespace) -> dict[str, str]:
     alone = {"epochs": 2, "learning_rate": 1e-4, "batch_size": 16}  # as in recipes/demo.yaml
     models["SFT"] = str(rewardkit.train("sft", str(home / "sft"), model=BASE, data=ift, seed=seed, **alone))
     for name in ("chance", "truth"):
-        models |= arm(home / name, models["M1"], f"{HERE}:{name}", prompts, f"M{{}} by {name}", seed)
+        models |= arm(home / name, own, f"{HERE}:{name}", prompts, f"M{{}} by {name}", seed)
     if not given.positive:
         return models
     kept = rewardkit.filter(str(own / "1" / "scored"), "threshold min=5", str(home / "positive-rows"), output="sft")
@@ -140,12 +143,13 @@ def run(home: Path, seed: int, given: argparse.Namespace) -> dict[str, str]:
     return models | {"positive": str(positive)}
 
 
-def arm(home: Path, model: str, reward: str, prompts: str, name: str, seed: int) -> dict[str, str]:
-    """The recipe's steps from the same M1, with another judge."""
-    models = {}
+def arm(home: Path, own: Path, reward: str, prompts: str, name: str, seed: int) -> dict[str, str]:
+    """The recipe's steps from the same M1 and its answers, with another judge and without a choice of checkpoints."""
+    models, model, samples = {}, str(own / "m1"), own / "1" / "samples"
     for i in range(1, ITERATIONS + 1):
-        sampling = {"n": 4, "temperature": 0.7, "top_p": 0.9, "max_tokens": MAX_TOKENS, "seed": seed, "engine": "transformers"}
-        samples = rewardkit.generate(model, prompts, str(home / str(i) / "samples"), **sampling)
+        sampling = {"n": 4, "temperature": 0.7, "top_p": 0.9, "max_tokens": MAX_TOKENS, "seed": seed, "engine": ENGINE}
+        if i > 1:
+            samples = rewardkit.generate(model, prompts, str(home / str(i) / "samples"), **sampling)
         scored = rewardkit.score(str(samples), reward, str(home / str(i) / "scored"))
         pairs = rewardkit.filter(str(scored), "best_vs_worst", str(home / str(i) / "pairs"))
         more = {"epochs": 1, "max_length": 192, "seed": seed, **DPO}
@@ -156,7 +160,7 @@ def arm(home: Path, model: str, reward: str, prompts: str, name: str, seed: int)
 
 def measure(out: Path, seed: int, name: str, model: str) -> None:
     """Following and judging of one model."""
-    judge = f"judge model={model} rubric={RUBRIC} votes=1 max_tokens={JUDGE_TOKENS} engine=transformers max_unparsed=1"
+    judge = f"judge model={model} rubric={RUBRIC} votes=1 max_tokens={JUDGE_TOKENS} engine='{ENGINE}' max_unparsed=1"
     tasks = [
         {"name": "accuracy", "data": str(out / "follow.jsonl"), "max_tokens": MAX_TOKENS, "label": "follow"},
         {
@@ -230,9 +234,10 @@ def pairs(out: Path, seeds: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
             cells: dict[str, list[float]] = {}
             for seed in seeds:
                 folder = out / str(seed) / arm_ / str(i)
+                samples = (out / str(seed) / "own" if i == 1 else folder.parent) / str(i) / "samples"
                 made = tables.open(folder / "pairs").frame().collect()
                 truths = {(r["prompt"][0]["content"], r["response"]): r["response"].strip() == r["answer"]
-                          for r in tables.open(folder / "samples").frame().collect().to_dicts()}  # fmt: skip
+                          for r in tables.open(samples).frame().collect().to_dicts()}  # fmt: skip
                 sides = [[truths[r["prompt"][0]["content"], r[side][0]["content"]] for side in ("chosen", "rejected")]
                          for r in made.to_dicts()]  # fmt: skip
                 scores = tables.open(folder / "scored").frame().collect()["score"]

@@ -113,7 +113,7 @@ def replies(n: int, seed: int, split: str = "demos") -> list[Row]:
 
 
 def judgement(row: Row) -> str:
-    """What a judge who knows the truth says of a row's response: it reads along up to the first mistake, then gives 5 points or none.
+    """What a judge who knows the truth says of a row's response: it reads up to the first mistake, and gives 5 points or none.
 
     "ivor. Score: 5", and "ivo! Score: 0" of a reply that goes on wrongly, or ends, after "ivo".
     """

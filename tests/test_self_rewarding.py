@@ -66,7 +66,7 @@ def test_what_can_be_asked_of_the_recipe():
     found = [c for c in plan(preset="positive") if c["verb"] == "train"]
     assert [c["recipe"] for c in found] == ["sft"] * 3 and found[2]["data"] == ["i", "e", "o/2/positive"]
     assert {leaf(c)["learning_rate"] for c in found} == {5.5e-6} and {c["model"] for c in found} == {"b"}
-    assert [c["rule"] for c in plan(augment="positive") if c["verb"] == "filter"] == ["threshold min=5"] * 2
+    assert [c["rule"] for c in plan(augment="positive") if c["out"].endswith("/positive")] == ["threshold min=5"] * 2
     # Settings may name the loop's numbers: prompts of each iteration, tasks that judge with the model that is measured.
     found = plan(prompts="new-{i}", tasks="reward_accuracy data=d reward='judge model={out}/m{next}'")
     assert [c["data"] for c in found if c["out"].endswith("/prompts")] == ["new-1", "new-2"]
@@ -146,7 +146,7 @@ def whole(place, tmp_path_factory):
 
 def test_the_loop_runs_from_base_to_m3(whole):
     m1 = read_manifest(whole / "m1")
-    assert m1["rows"] == {"in": 96, "used": 96, "out": 0, "dropped": 0, "quarantined": 0} or m1["rows"]["used"] == 96
+    assert m1["rows"] == {"in": 96, "used": 96, "dropped": 0}
     for i in (1, 2):
         scored = tables.open(whole / str(i) / "scored").frame().collect()
         assert scored.height == 4 * 24 and scored["score"].null_count() < scored.height
@@ -160,17 +160,23 @@ def test_the_loop_runs_from_base_to_m3(whole):
     assert {p.name for p in (whole / "report").iterdir()} == {"m1", "m2", "m3"}
 
 
-def test_positive_only_adds_the_answers_with_full_marks(place, whole, tmp_path):
-    shutil.copytree(whole / "m1", tmp_path / "m1")
-    out = verbs.train("self_rewarding", str(tmp_path / "out"), **place, preset="positive", iterations=1, votes=1, full_marks=0)
-    kept = read_manifest(out / "1" / "positive")["rows"]
-    assert 0 < kept["out"] <= 96 and read_manifest(out / "m2")["rows"]["in"] == 96 + kept["out"]
-    assert read_manifest(out / "m2")["base_model"] == place["base"]
+def quick(place: dict, folder: Path, reward: str, **more) -> dict:
+    """Settings of a run whose judge is a function of the response, and whose M1 has hardly learned."""
+    (folder / "mine.py").write_text(f"def mine(rows):\n    return [{reward} for row in rows]\n")
+    return place | {"reward": f"{folder}/mine.py:mine", "sft.max_steps": 2, "tasks": []} | more
 
 
-def test_a_judge_that_gives_equal_scores_ends_the_loop(place, whole, tmp_path):
-    (tmp_path / "same.py").write_text("def same(rows):\n    return [5.0 for _ in rows]\n")
-    out = verbs.train("self_rewarding", str(tmp_path / "out"), **place | {"reward": f"{tmp_path}/same.py:same", "tasks": []})
+def test_positive_only_adds_the_answers_with_full_marks(place, tmp_path):
+    given = quick(place, tmp_path, "5.0 if len(row['response']) % 2 else 4.0", preset="positive", iterations=1)
+    out = verbs.train("self_rewarding", str(tmp_path / "out"), **given)
+    kept = tables.open(out / "1" / "positive").frame().collect()
+    assert 0 < kept.height < 96 and all(len(text) % 2 for text in kept["response"])
+    m2 = read_manifest(out / "m2")
+    assert m2["rows"]["in"] == 96 + kept.height and m2["base_model"] == place["base"]
+
+
+def test_a_judge_that_gives_equal_scores_ends_the_loop(place, tmp_path):
+    out = verbs.train("self_rewarding", str(tmp_path / "out"), **quick(place, tmp_path, "5.0"))
     assert read_manifest(out / "1" / "pairs")["rows"]["out"] == 0 and not (out / "m2").exists()
 
 
@@ -192,7 +198,8 @@ def test_prompts_that_the_writer_made_are_answered(place, tmp_path):
     (tmp_path / "writer.py").write_text(WRITER)
     own = {"engine": f"{tmp_path}/writer.py:speak", "prompts_from": "self", "writer": "scripted", "iterations": 1, "votes": 1}
     own |= {"prompts": place["ift"], "write": "self_instruct count=12 batch=6", "new": "dedupe", "tasks": []}
-    out = verbs.train("self_rewarding", str(tmp_path / "out"), **place | own | {"sft_epochs": 1})
+    given = quick(place, tmp_path, "float(len(row['response']))", **own)
+    out = verbs.train("self_rewarding", str(tmp_path / "out"), **given)
     new = tables.open(out / "1" / "prompts").frame().collect()
     asked = {p[0]["content"] for p in new["prompt"]}
     assert 6 <= len(asked) == new.height <= 12 and all(a.startswith("Sort:") for a in asked)
@@ -246,6 +253,25 @@ def test_the_checkpoint_before_the_first_that_is_no_better_is_taken(trained, tmp
     for name in ("config.json", "tokenizer.json"):
         one, other = (json.loads((folder / name).read_text()) for folder in (out, trained))
         assert one == other, name
+
+
+def test_an_adapter_is_taken_as_an_adapter(trained, tmp_path):
+    data = write(tmp_path / "rows.jsonl", [{"prompt": f"say {i}", "completion": f"{i} is said"} for i in range(8)])
+    more = {"batch_size": 2, "epochs": 1, "learning_rate": 1e-1, "max_length": 64, "save_steps": 2, "keep_checkpoints": True}
+    lora = verbs.train("sft", str(tmp_path / "lora"), model=str(trained), data=data, lora_rank=2, **more)
+    fast = {"mode": "pointwise", "engine": "transformers", "max_tokens": 8, "reward": judge(tmp_path, 2), "data": data}
+    out = verbs.train("early_stop", str(tmp_path / "out"), model=str(lora), **fast)
+    assert read_manifest(out)["steps"] == 2 and read_manifest(out)["lora"] == {"rank": 2, "alpha": 32}
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    first = [(lora / "checkpoints" / "checkpoint-2" / names[0]).read_bytes(), (lora / names[1]).read_bytes()]
+    assert [(out / name).read_bytes() for name in names] == first and not (out / "model.safetensors").exists()
+
+
+def test_the_memory_of_every_training_step_is_told(world, tmp_path, capfd):
+    given = {"base": str(world / "base"), "ift": "i", "eft": "e", "prompts": "p", "dry_run": True}
+    verbs.train("self_rewarding", str(tmp_path / "out"), **given)
+    told = capfd.readouterr().err
+    assert [told.count(f"{name} from") for name in ("sft", "dpo", "early_stop")] == [1, 2, 0] and not (tmp_path / "out").exists()
 
 
 def test_early_stop_says_what_it_lacks(trained, tmp_path):

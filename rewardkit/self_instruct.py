@@ -78,12 +78,20 @@ class Pool:
 
     seeds: dict[str, str]
     own: dict[str, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)  # the words of all of them
     reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     rounds: int = 0
 
     @property
     def asked(self) -> int:
         return len(self.own) + self.reasons.total()
+
+    def add(self, kept: list[tables.Row], aside: list[tables.Row]) -> None:
+        """Take in a round."""
+        self.own |= {row["prompt_id"]: row["prompt"][0]["content"] for row in kept}
+        self.known |= {_key(row["prompt"][0]["content"]) for row in kept}
+        self.reasons.update(row["reason"] for row in aside)
+        self.rounds += 1
 
 
 def load(source: str | Mapping[str, Any] | spec.Spec) -> SelfInstruct:
@@ -92,7 +100,10 @@ def load(source: str | Mapping[str, Any] | spec.Spec) -> SelfInstruct:
 
 
 def written(write: Any, model: str, prompts: str, out: str, engine: str, sampling: dict[str, Any]) -> Path:
-    """The folder of prompts that a model writes after the examples in `prompts`. sampling: n, temperature and so on, as in `verbs.generate`."""
+    """The folder of prompts that a model writes after the examples in `prompts`.
+
+    sampling: n, temperature, top_p, max_tokens and seed, as in `verbs.generate`.
+    """
     writer = load(write)
     if sampling["n"] != 1:
         raise OptionError(f"generate: write asks once for every prompt, so n is 1, not {sampling['n']}")
@@ -140,13 +151,11 @@ def _resumed(folder: Folder, seeds: dict[str, str]) -> Pool:
     """What the finished rounds left behind."""
     import polars as pl
 
-    pool = Pool(seeds)
-    while folder.shard(pool.rounds).exists():
-        for row in pl.read_parquet(folder.shard(pool.rounds)).to_dicts():
-            pool.own[row["prompt_id"]] = row["prompt"][0]["content"]
+    pool = Pool(seeds, known={_key(text) for text in seeds.values()})
+    while (shard := folder.shard(pool.rounds)).exists():
         aside = folder.path / f"quarantine-{pool.rounds:05d}.jsonl"
-        pool.reasons.update(json.loads(line)["reason"] for line in (aside.read_text().splitlines() if aside.is_file() else ()))
-        pool.rounds += 1
+        lines = aside.read_text().split("\n")[:-1] if aside.is_file() else []
+        pool.add(pl.read_parquet(shard).to_dicts(), [json.loads(line) for line in lines])
     return pool
 
 
@@ -170,25 +179,25 @@ def _round(
     folder: Folder, writer: SelfInstruct, pool: Pool, model: str, shown: list[list[str]], answers: engines.Answers
 ) -> None:
     """Turn the answers of a round into prompts, or put them aside, and commit the shard."""
-    known = {_key(text) for text in (*pool.seeds.values(), *pool.own.values())}
-    kept, aside = [], []
+    kept: list[tables.Row] = []
+    aside: list[tables.Row] = []
+    fresh: set[str] = set()
     for examples, answer in zip(shown, answers, strict=True):
         place = {"source": model, "demonstrations": examples, "own": sum(e in pool.own for e in examples), "round": pool.rounds}
         if isinstance(answer, engines.Refused):
-            aside.append(place | {"reason": answer.reason})
+            aside.append(place | {"reason": "the request was refused", "why": answer.reason})
             continue
         text, reason = parse(answer[0].text, answer[0].finish_reason, len(examples) + 1, writer.max_words)
-        reason = reason or ("a copy of a seed or of an earlier prompt" if _key(text) in known else "")
+        if not reason and (_key(text) in pool.known or _key(text) in fresh):
+            reason = "a copy of a seed or of an earlier prompt"
         if reason:
             aside.append(place | {"reason": reason, "answer": answer[0].text})
             continue
-        known.add(_key(text))
+        fresh.add(_key(text))
         prompt = [{"role": "user", "content": text}]
         kept.append({"prompt": prompt, "prompt_id": tables.prompt_id(prompt)} | place)
     folder.write(pool.rounds, tables.prompts_frame(kept), aside)
-    pool.own |= {row["prompt_id"]: row["prompt"][0]["content"] for row in kept}
-    pool.reasons.update(row["reason"] for row in aside)
-    pool.rounds += 1
+    pool.add(kept, aside)
 
 
 def parse(answer: str, finish_reason: str, number: int, max_words: int) -> tuple[str, str]:

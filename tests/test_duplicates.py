@@ -150,25 +150,6 @@ def test_the_bands_find_what_they_promise(near):
     assert met / tried >= 0.95
 
 
-def test_rouge_is_rouge_and_greedy():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rng = random.Random(0)
-    texts = []
-    for _ in range(12):
-        words = sentence(rng, 10)
-        texts += [" ".join(words), " ".join(words[:6] + sentence(rng, 4)), " ".join(words[2:] + sentence(rng, 3))]
-    rng.shuffle(texts)
-    scorer, kept = RougeScorer(["rougeL"]), []
-    for text in texts:
-        if all(scorer.score(k, text)["rougeL"].fmeasure < 0.6 for k in kept):
-            kept.append(text)
-    frame = pl.DataFrame({"prompt": texts})
-    made = apply("rouge max=0.6", frame)
-    assert made.kept.collect()["prompt"].to_list() == kept and len(kept) < len(texts)
-    assert apply("rouge max=0.6", made.kept.collect()).counts["dropped"] == 0
-
-
 # Contamination
 
 

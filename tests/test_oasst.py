@@ -4,6 +4,7 @@ Run: .venv/bin/python -m pytest tests/test_oasst.py
 """
 
 import itertools
+import json
 
 import polars as pl
 import pytest
@@ -81,6 +82,8 @@ def test_wrong_input_is_named():
         rules.load("oasst part=ifd")
     with pytest.raises(OptionError, match="unknown rubric 'additive6'; did you mean 'additive5'"):
         rules.load("agrees rubric=additive6")
+    with pytest.raises(OptionError, match="needs a line '---' and after it a text with {prompt} and {response}"):
+        rules.load(f"agrees rubric={__file__}")
     with pytest.raises(OptionError, match="to >= 1, not 0"):
         rules.load("thin to=0")
     with pytest.raises(DataError, match="reads column 'parent_id'; the columns are message_id"):
@@ -138,12 +141,24 @@ def test_what_stays_is_ordered_as_people_ordered_it(agreement, replies):
         assert {"response", "votes", "raw", "why"}.isdisjoint(row)
 
 
-def test_the_example_asks_what_the_judge_was_asked():
+def test_the_example_asks_what_the_judge_was_asked(tmp_path):
+    """An engine that writes down what the reward `judge` asks it, which must be the example's prompt, word for word."""
+    (tmp_path / "engine.py").write_text(
+        "import json\nfrom rewardkit.engine import Scripted\n"
+        "def listening(model):\n"
+        "    def answer(prompt):\n"
+        f"        with open('{tmp_path}/asked.jsonl', 'a') as file:\n"
+        "            file.write(json.dumps(prompt) + '\\n')\n"
+        "        return 'Score: 3'\n"
+        "    return Scripted(model, function=answer)\n"
+    )
     frame = judged([(0, 0, [4.0]), (0, 1, [2.0])])
     for rubric in ("additive5", "ser"):
         kept = apply(f"agrees rubric={rubric}", frame).kept.collect()
-        judge = Judge("scripted", rubric=rubric)
-        assert [[{"role": "user", "content": p}] for p in kept["prompt"]] == [judge._ask(row) for row in frame.to_dicts()]
+        Judge("scripted", rubric=rubric, engine=f"{tmp_path}/engine.py:listening")(frame.to_dicts())
+        asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+        (tmp_path / "asked.jsonl").unlink()
+        assert [[{"role": "user", "content": p}] for p in kept["prompt"]] == asked
 
 
 def test_the_facts_are_the_judges_accuracy():

@@ -42,7 +42,7 @@ def said(text):
     kind, task = number % 10, f"Explain thing number {number} to a child"
     if kind == 0:
         return Refused("no")
-    texts = {1: "Sing song 1", 2: "...", 3: " ".join(["long"] * 60), 4: f"Task 9: {task}\\nTask 10: Another"}
+    texts = {1: "Sing song 1", 2: "...\\u2028", 3: " ".join(["long"] * 60), 4: f"Task 9: {task}\\nTask 10: Another"}
     return [Completion(texts.get(kind, task), None, "length" if kind == 5 else "stop")]
 """
 
@@ -72,7 +72,7 @@ def rows(out):
 
 
 def aside(out):
-    return [json.loads(line) for p in sorted(out.glob("quarantine-*")) for line in p.read_text().splitlines()]
+    return [json.loads(line) for p in sorted(out.glob("quarantine-*")) for line in p.read_text().split("\n")[:-1]]
 
 
 def test_every_request_is_a_prompt_or_has_a_reason(place, tmp_path):
@@ -81,8 +81,8 @@ def test_every_request_is_a_prompt_or_has_a_reason(place, tmp_path):
     assert made.height == 150 == made["prompt_id"].n_unique()
     counts = facts["rows"]
     assert counts["in"] == 150 + len(left) and counts["quarantined"] == len(left) == sum(facts["reasons"].values())
-    assert set(facts["reasons"]) == {"no", "no prompt in the answer", "longer than 50 words", "cut off at max_tokens",
-                                     "a copy of a seed or of an earlier prompt"}  # fmt: skip
+    assert set(facts["reasons"]) == {"the request was refused", "no prompt in the answer", "longer than 50 words",
+                                     "cut off at max_tokens", "a copy of a seed or of an earlier prompt"}  # fmt: skip
     assert facts["write"] == {"seeds": 21, "seeds_left_out": 1, "rounds": made["round"].max() + 1}
     texts = [p[0]["content"] for p in made["prompt"]]
     assert all(t.startswith("Explain thing number") and t.endswith("child") for t in texts)
@@ -132,20 +132,44 @@ def test_a_seed_decides_the_examples(place, tmp_path):
     assert one.equals(same) and set(one["prompt_id"]) != set(other["prompt_id"])
 
 
+BREAKING = """
+import os
+from rewardkit.server import Transformers
+
+def speak(model):
+    made, rounds = Transformers(model), []
+    answer = made.generate
+    def generate(prompts, **options):
+        rounds.append(prompts)
+        if os.environ.get("BREAK") == str(len(rounds)):
+            raise KeyboardInterrupt
+        return answer(prompts, **options)
+    made.generate = generate
+    return made
+"""
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_a_real_model_writes(place, tmp_path):
-    """A random model with a small window: what it says is gibberish, and longer requests are put aside by their length."""
+def test_a_real_model_goes_on_where_it_was_stopped(place, tmp_path):
+    """A random model: what it says is gibberish, but the same gibberish when it is stopped in its third round."""
     pl.DataFrame({"prompt": [f"Add: {i} + {i}" for i in range(12)]}).write_parquet(tmp_path / "seeds.parquet")
-    calls = [
-        rewardkit.generate(
-            str(place / "model"), str(tmp_path / "seeds.parquet"), str(tmp_path / name), temperature=0.6, max_tokens=48,
-            engine="transformers", write="self_instruct count=8 seeds=3 own=1 batch=4 max_words=30",
-        )
-        for name in ("one", "two")
-    ]  # fmt: skip
-    assert rows(calls[0]).equals(rows(calls[1])), "the same seed writes the same prompts"
-    facts = read_manifest(calls[0])
-    assert facts["rows"]["in"] == facts["rows"]["out"] + sum(facts["reasons"].values()) and facts["rows"]["in"] <= 32
+    (tmp_path / "breaking.py").write_text(BREAKING)
+
+    def run(out):
+        return rewardkit.generate(
+            str(place / "model"), str(tmp_path / "seeds.parquet"), str(tmp_path / out), temperature=0.6, max_tokens=48,
+            engine=f"{tmp_path}/breaking.py:speak", write="self_instruct count=8 seeds=3 own=1 batch=4 max_words=30",
+        )  # fmt: skip
+
+    os.environ["BREAK"] = "3"
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    del os.environ["BREAK"]
+    assert (tmp_path / "stopped/part-00001.parquet").exists() and not (tmp_path / "stopped/manifest.json").exists()
+    stopped, whole = run("stopped"), run("whole")
+    facts = read_manifest(stopped)
+    assert facts["files"] == read_manifest(whole)["files"] and aside(stopped) == aside(whole) and facts["resumed"]
+    assert facts["rows"]["in"] == facts["rows"]["out"] + sum(facts["reasons"].values()) and 8 < facts["rows"]["in"] <= 32
     assert facts["engine"].startswith("transformers")
 
 

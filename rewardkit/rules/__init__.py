@@ -60,7 +60,7 @@ RULES = {
     "matches": "rewardkit.rules.select:matches",
     "keywords": "rewardkit.rules.select:keywords",
     "dedupe": "rewardkit.rules.duplicates:dedupe",
-    "rouge": "rewardkit.rules.duplicates:rouge",
+    "rouge": "rewardkit.rules.rouge:rouge",
     "decontaminate": "rewardkit.rules.decontaminate:decontaminate",
     "collapsed": "rewardkit.rules.decontaminate:collapsed",
 }

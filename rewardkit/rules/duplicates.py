@@ -1,4 +1,4 @@
-"""Rules that drop copies: exact, near (MinHash LSH) and by ROUGE-L.
+"""dedupe: drops copies, exact ones and near ones (MinHash LSH).
 
 dedupe compares whole texts, or with near=J texts whose n-word shingles have a Jaccard similarity of at least J. Candidates come
 from MinHash signatures (rensa, 128 slots of its R-MinHash) that agree in a band (locality-sensitive hashing); each candidate is
@@ -9,9 +9,6 @@ Signatures are not kept, only a key a band: about 0.2 GB of memory for a million
 
 In a table of samples, rows that only share their prompt are no copies when prompts are compared (of=prompt): the samples of a
 prompt stay or go together.
-
-rouge is Self-Instruct's rule (arXiv:2212.10560): a text stays if its ROUGE-L with every text that stayed before it is below
-`max`. That compares all with all, greedily: the time grows with the square of the rows, and their order matters.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from ..errors import OptionError, need
 from ..shapes import text_of
 from .groups import by_group
 from .partition import CODE, Rule, beside, decided
-from .texts import batches, grams, normal
+from .texts import batches, grams
 
 SLOTS, SEED = 128, 1
 FOUND = 0.98  # of the texts that are just as near as asked, the share whose signatures should meet in a band
@@ -46,7 +43,7 @@ def dedupe(of: list | None = None, near: float | None = None, words: int = 3) ->
         schema = frame.collect_schema()
         columns = [str(c) for c in of] if of else [c for c in TEXTS if c in schema]
         text = pl.concat_str([text_of(schema, c) for c in columns], separator=SEPARATOR, ignore_nulls=True)
-        unit = _unit(schema, columns)
+        unit = unit_of(schema, columns)
         found = by_group(frame, text.hash(seed=0), _first, **({"unit": unit} if unit is not None else {}))
         codes = found[CODE].to_numpy().copy()
         facts.update(rows=len(codes), exact=int((codes == 1).sum()))
@@ -58,7 +55,7 @@ def dedupe(of: list | None = None, near: float | None = None, words: int = 3) ->
     return rule
 
 
-def _unit(schema: pl.Schema, columns: list[str]) -> pl.Expr | None:
+def unit_of(schema: pl.Schema, columns: list[str]) -> pl.Expr | None:
     """What stays or goes together, if that is more than a row."""
     if columns != ["prompt"] or "response" not in schema:
         return None
@@ -172,41 +169,3 @@ def _clusters(count: int, pairs: Any) -> Any:
         if (label == before).all():
             break
     return label
-
-
-def rouge(max: float = 0.7, of: str = "prompt") -> Rule:  # noqa: A002 - the option's name
-    """Keep texts whose ROUGE-L (F1 over lowercased words) with every text that was kept before them is below `max`."""
-    if not 0 < max <= 1:
-        raise OptionError(f"rule 'rouge' takes 0 < max <= 1, not {max:g}")
-
-    def rule(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
-        import numpy as np
-
-        fuzz = need("rapidfuzz", "dedupe")
-        schema = frame.collect_schema()
-        rows = frame.select(text=normal(text_of(schema, of))).collect(engine="streaming")["text"].fill_null("")
-        unit = _unit(schema, [of])
-        names = frame.select(unit).collect(engine="streaming").to_series().to_list() if unit is not None else range(len(rows))
-        letters: dict[str, str] = {}
-        kept: list[str] = []
-        decided_for: dict[Any, int] = {}
-        codes = np.zeros(len(rows), dtype=np.uint8)
-        for i, (text, name) in enumerate(zip(rows, names, strict=True)):
-            if name not in decided_for:
-                # ROUGE-L is 2 LCS / (m + n), which is the indel similarity of the texts with a letter for each word.
-                spelled = "".join(letters.setdefault(word, _letter(len(letters))) for word in text.split(" "))
-                nearest = fuzz.process.extractOne(
-                    spelled, kept, scorer=fuzz.distance.Indel.normalized_similarity, score_cutoff=max - 0.01, processor=None
-                )
-                # The cutoff only saves time: rapidfuzz rounds it, so the last word is ours.
-                decided_for[name] = int(nearest is not None and nearest[1] >= max - 1e-9)
-                kept += [] if decided_for[name] else [spelled]
-            codes[i] = decided_for[name]
-        return decided(frame, codes, [f"ROUGE-L of {of} with a kept one is {max:g} or more"])
-
-    return rule
-
-
-def _letter(number: int) -> str:
-    """A letter of its own for every word; the surrogates between 0xD800 and 0xDFFF are no letters."""
-    return chr(number + 1 if number + 1 < 0xD800 else number + 1 + 0x800)

@@ -27,6 +27,7 @@ from .partition import CODE, MISSING, Rule, decided, group_key, number, split
 
 RUBRICS = Path(__file__).parents[1] / "prompts"
 PARTS = ("ift", "eft", "eval")
+OF_THE_REPLY = ("votes", "raw", "unparsed", "n_valid", "spread", "expected", "mass", "why")
 
 
 def oasst(
@@ -124,8 +125,7 @@ def agrees(
         asked = pl.struct("prompt", "response").map_elements(lambda row: _asked(body, row), return_dtype=pl.String)
         shown = kept.drop("completion", "vote", strict=False).with_columns(said.alias("__said"), prompt=asked).unnest("__said")
         # What described the reply, or the vote that was not taken, does not describe the example.
-        named = ("response", "prompt_id", *(f"{head}{c}" for c in ("votes", "raw", "unparsed", "n_valid", "spread", "why")))
-        return shown.drop(*named, strict=False), dropped
+        return shown.drop("response", "prompt_id", *(f"{head}{c}" for c in OF_THE_REPLY), strict=False), dropped
 
     rule.facts = facts  # type: ignore[attr-defined]
     return rule
@@ -176,7 +176,10 @@ def _rubric(name: str) -> str:
     file = shipped.get(name, Path(name).expanduser())
     if not file.is_file():
         raise unknown("rubric", name, [*shipped, "FILE"])
-    return file.read_text().partition("\n---\n")[2].strip()
+    body = file.read_text().partition("\n---\n")[2].strip()
+    if "{prompt}" not in body or "{response}" not in body:
+        raise OptionError(f"rubric {file} needs a line '---' and after it a text with {{prompt}} and {{response}}")
+    return body
 
 
 def _asked(body: str, row: dict[str, Any]) -> str:

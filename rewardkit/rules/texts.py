@@ -14,11 +14,6 @@ WORD = r"[\p{L}\p{N}]+"
 MULTIPLIER = 0x9E3779B97F4A7C15
 
 
-def normal(text: pl.Expr) -> pl.Expr:
-    """A text as its words, joined by single spaces."""
-    return text.str.to_lowercase().str.extract_all(WORD).list.join(" ")
-
-
 def grams(texts: pl.Series, n: int) -> tuple[Any, Any]:
     """Hashes of every n words in a row (uint64), and where each text's begin (one more than there are texts).
 

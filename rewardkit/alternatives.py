@@ -25,6 +25,8 @@ def places(tokenizer: Any, ids: Sequence[int], likeliest: Iterable[Likeliest]) -
 
 
 def of_vllm(flat: Any) -> list[Likeliest]:
-    """The likeliest tokens at each place, of vLLM's flat list of log-probabilities."""
+    """The likeliest tokens at each place, of vLLM's flat list of log-probabilities; nothing where there is none."""
+    if flat is None:
+        return []
     spans = zip(flat.start_indices, flat.end_indices, strict=True)
     return [list(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True)) for start, end in spans]

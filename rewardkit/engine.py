@@ -4,8 +4,7 @@ Every engine has the same two methods, `generate` and `close`; the verbs, the ju
 A sample depends on the model, the settings and (seed, prompt, number of the sample), never on the prompt's place in the
 table, so a chunk that is run again after a crash gives the same rows. All engines here and the trainers see the same token
 ids, because `prompt_ids` makes them. A bad prompt is answered with `Refused`; the rest of the batch still runs.
-Left out: streaming, stop strings, tools and images (no recipe needs them), and merging of LoRA adapters. `server.py` has
-plain transformers and models behind an address.
+Left out: streaming, stop strings, tools, images, merging of adapters. `server.py` has transformers and addresses.
 """
 
 from __future__ import annotations
@@ -220,8 +219,8 @@ class Vllm:
 
     template: chat template (file or built-in name). logprobs: also return the log-probability of each sampled token, as the
     model gave it before temperature and top_p ("raw_logprobs"); top_logprobs: also of this many likeliest ones at each place.
-    max_model_len: prompt and answer together. memory: GiB for the KV cache (default: 0.9 of a GPU; on the CPU what 256 full
-    sequences need, at most 4). dtype: "auto" is the type the weights are stored in (vLLM's own "auto" would round float32 down).
+    max_model_len: prompt and answer together. memory: GiB for the KV cache (default: 0.9 of a GPU; on the CPU for 256 full
+    sequences, at most 4). dtype: "auto" is the type the weights are stored in (vLLM's own would round float32 down).
     """
 
     _running: ClassVar[list[Any]] = []
@@ -311,9 +310,9 @@ class Vllm:
         return [ids if isinstance(ids, Refused) else next(made) * (1 if temperature else n) for ids in admitted]
 
     def _completion(self, sample: Any, text: str) -> Completion:
-        ids, flat = list(sample.token_ids), sample.logprobs
-        logprobs = [flat.logprobs[start] for start in flat.start_indices] if self._logprobs else None  # the sampled one is first
-        top = places(self._tokenizer, ids, of_vllm(flat)) if self._top else None
+        ids, likeliest = list(sample.token_ids), of_vllm(sample.logprobs)
+        logprobs = [one[0][1] for one in likeliest] if self._logprobs else None  # the sampled one comes first
+        top = places(self._tokenizer, ids, likeliest) if self._top else None
         return Completion(text, ids, sample.finish_reason, logprobs, top)
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:

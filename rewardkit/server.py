@@ -9,9 +9,14 @@ Left out: log-probabilities of a server's own tokens, and starting or stopping a
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
+import itertools
+import json
 import os
+import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +40,9 @@ from .errors import ModelError, need
 from .folders import digest
 from .models import quiet
 from .tables import Messages
+
+AGAIN = {408, 409, 429, *range(500, 600)}  # answers after which the same request may succeed
+DOOR = (401, 403)
 
 
 class Transformers:
@@ -198,12 +206,12 @@ class Server:
         self, model: str, concurrency: int = 32, timeout: float = 600, retries: int = 5, key_env: str = "OPENAI_API_KEY",
         top_logprobs: int = 0,
     ) -> None:  # fmt: skip
-        openai: Any = need("openai", "models")
-        self._openai, self._concurrency = openai, concurrency
-        self._url, _, self._model = model.partition("#")
-        # A server on one's own machine asks for no key, but the client insists on having one.
-        key = os.environ.get(key_env) or "none"
-        self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=retries)
+        need("urllib3", "models")
+        url, _, self._model = model.partition("#")
+        self._url, self._timeout, self._retries, self._concurrency = url.rstrip("/"), timeout, retries, concurrency
+        key = os.environ.get(key_env)
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._pool = _pool(self._url, concurrency)
         self._extra: dict[str, Any] = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         self._wants_ids: bool | None = None  # None: not known yet whether the server takes `return_token_ids`
         served = self._served()
@@ -217,15 +225,39 @@ class Server:
 
     def _served(self) -> list[str]:
         """The models of the server; also the proof that there is one."""
-        error = self._openai
+        from urllib3.exceptions import HTTPError
+
         try:
-            return [one.id for one in self._client.with_options(max_retries=1, timeout=30).models.list().data or []]
-        except (error.AuthenticationError, error.PermissionDeniedError) as refusal:
-            raise ModelError(f"{self._url} does not let us in: {_reason(refusal)}; is the key set (key_env=NAME)?") from None
-        except error.APIConnectionError as failure:
-            raise ModelError(f"no server answers at {self._url}: {_reason(failure)}") from None
-        except (error.APIError, ValueError, TypeError, AttributeError):
+            status, body = self._send("/models", retries=1, timeout=30)
+            if status in DOOR:
+                raise ModelError(f"{self._url} does not let us in: {_message(status, body)}; is the key set (key_env=NAME)?")
+            return [str(one["id"]) for one in json.loads(body)["data"]]
+        except HTTPError as failure:
+            raise ModelError(f"no server answers at {self._url}: {one_line(failure)}") from None
+        except (ValueError, TypeError, KeyError):
             return []  # not every server keeps a list; a wrong name shows at the first request
+
+    def _send(self, path: str, body: Any = None, retries: int | None = None, timeout: float | None = None) -> tuple[int, bytes]:
+        """A request, sent again where that may help; the status and the body of the last answer."""
+        from urllib3.exceptions import HTTPError
+
+        data = None if body is None else json.dumps(body).encode()
+        last = self._retries if retries is None else retries
+        for attempt in itertools.count():
+            asked_for = None
+            try:
+                answer = self._pool.request(
+                    "POST" if data else "GET", self._url + path, body=data, headers=self._headers, retries=False,
+                    timeout=timeout or self._timeout,
+                )  # fmt: skip
+                if attempt == last or answer.status not in AGAIN:
+                    return answer.status, answer.data
+                asked_for = answer.headers.get("Retry-After")
+            except HTTPError:
+                if attempt == last:
+                    raise
+            time.sleep(_pause(attempt, asked_for))
+        raise AssertionError
 
     def generate(
         self, prompts: Sequence[Messages], n: int = 1, temperature: float = 1.0, top_p: float = 1.0,
@@ -246,7 +278,8 @@ class Server:
                 raise
 
     def _answer(self, prompt: Messages, n: int, seed: int, sampling: dict[str, Any]) -> list[Completion] | Refused:
-        error = self._openai
+        from urllib3 import exceptions
+
         if empty(prompt):
             return Refused("the prompt is empty")
         wanted = n if sampling["temperature"] else 1
@@ -254,53 +287,77 @@ class Server:
         try:
             while len(made) < wanted:  # some servers give one answer, whatever n says
                 place = {"n": wanted - len(made), "seed": (prompt_seed(prompt, seed) + len(made)) % 2**31}
-                got = _choices(self._ask({"messages": prompt} | sampling | place))
+                status, body = self._ask({"messages": prompt} | sampling | place)
+                if status in DOOR or status == 404:
+                    raise ModelError(f"{self._url}#{self._model}: {_message(status, body)}")
+                if not 200 <= status < 300:
+                    return Refused(f"the server refused: {_message(status, body)}")
+                got = _choices(json.loads(body))
                 if not got:
                     return Refused("the server's answer holds no choices")
                 made += [_completion(choice) for choice in got[: wanted - len(made)]]
             return made * (1 if sampling["temperature"] else n)
-        except (error.NotFoundError, error.AuthenticationError, error.PermissionDeniedError) as refusal:
-            raise ModelError(f"{self._url}#{self._model}: {_reason(refusal)}") from None
-        except error.APITimeoutError:
+        except exceptions.TimeoutError:
             return Refused("the server did not answer in time")
-        except error.APIConnectionError as failure:
+        except exceptions.HTTPError as failure:
             self._served()  # raises if the server is gone, and then it is not the prompt's fault
-            return Refused(f"the server broke off: {_reason(failure)}")
-        except error.APIError as failure:
-            return Refused(f"the server refused: {_reason(failure)}")
+            return Refused(f"the server broke off: {one_line(failure)}")
         except (ValueError, RecursionError) as failure:
             return Refused(f"the server's answer cannot be read: {one_line(failure)}")
 
-    def _ask(self, body: dict[str, Any]) -> Any:
-        """One request, with `return_token_ids` unless the server is known to reject it; the answer's JSON."""
-
-        def ask(**extra: Any) -> Any:
-            # `chat.completions.create` checks the types of every field, there and back, which takes most of a request's time.
-            whole = {"model": self._model} | body | self._extra | extra
-            return self._client.post("/chat/completions", cast_to=object, body=whole)
-
+    def _ask(self, body: dict[str, Any]) -> tuple[int, bytes]:
+        """One request, with `return_token_ids` unless the server is known to reject it."""
+        whole = {"model": self._model} | body | self._extra
         if self._wants_ids is False:
-            return ask()
-        try:
-            answer = ask(return_token_ids=True)
-        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
-            if self._wants_ids:
-                raise
-            answer = ask()  # it was the field, or the prompt, in which case this fails too
-            self._wants_ids = False
-            return answer
-        self._wants_ids = True
-        return answer
+            return self._send("/chat/completions", whole)
+        status, answer = self._send("/chat/completions", whole | {"return_token_ids": True})
+        if status in (400, 422) and not self._wants_ids:
+            status, answer = self._send("/chat/completions", whole)  # it was the field, or the prompt, which fails again
+            if 200 <= status < 300:
+                self._wants_ids = False
+        elif 200 <= status < 300:
+            self._wants_ids = True
+        return status, answer
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._pool.clear()
+
+
+def _pool(url: str, size: int) -> Any:
+    """Connections to keep, through the proxy that the environment names for this address, if any."""
+    import urllib.request
+
+    import urllib3
+
+    parts = urllib3.util.parse_url(url)
+    proxy = None if urllib.request.proxy_bypass(parts.host or "") else urllib.request.getproxies().get(parts.scheme or "http")
+    return urllib3.ProxyManager(proxy, maxsize=size) if proxy else urllib3.PoolManager(maxsize=size)
+
+
+def _pause(attempt: int, asked_for: str | None) -> float:
+    """Seconds before the next attempt: what the server asks for, up to a minute, else growing from half a second to 8."""
+    try:
+        wanted = float(asked_for or "")
+    except ValueError:  # a date, or nothing
+        wanted = 0.0
+    return wanted if 0 < wanted <= 60 else min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.0)
+
+
+def _message(status: int, body: bytes) -> str:
+    """What a server said, in one line: its own message where it gave one."""
+    told: Any = None
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = json.loads(body)
+        error = found.get("error", found)
+        told = error if isinstance(error, str) else error.get("message") or error.get("detail")
+    return one_line(ValueError(told)) if told else f"HTTP {status}"
 
 
 def _choices(answer: Any) -> list[Any]:
     """The choices of an answer, which may be any JSON at all."""
     if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
-        return answer["choices"]
+        return list(answer["choices"])
     raise ValueError(f"it has no choices: {str(answer)[:200]}")
 
 
@@ -323,12 +380,3 @@ def _top(logprobs: Any) -> list[Place] | None:
         return [(one["token"], {t["token"]: float(t["logprob"]) for t in one["top_logprobs"]}) for one in logprobs["content"]]
     except (TypeError, KeyError):
         return None
-
-
-def _reason(error: Exception) -> str:
-    """What a server said, in one line: its own message where it gave one."""
-    body = getattr(error, "body", None)
-    told = body.get("message") if isinstance(body, dict) else None
-    if told:
-        return one_line(ValueError(told))
-    return one_line(error) + (f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else "")

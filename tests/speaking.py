@@ -115,19 +115,25 @@ def serve(model: str, name: str):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
     )
+    try:
+        _wait(process, port)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen, port: int) -> None:
+    """Until the server answers; a busy machine takes minutes."""
     lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reader.start()
-    deadline = time.monotonic() + 120
+    threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True).start()
+    deadline = time.monotonic() + 300
     while True:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            break
+            return
         assert process.poll() is None and time.monotonic() < deadline, "".join(lines[-40:])
         time.sleep(0.3)
-    yield f"http://127.0.0.1:{port}/v1"
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(3)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)

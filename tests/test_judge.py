@@ -36,11 +36,13 @@ def shards(folder):
     return pl.concat([pl.read_parquet(p) for p in sorted(folder.glob("part-*"))], how="diagonal_relaxed")
 
 
-def test_a_run_reports_how_far_its_judge_can_be_trusted(tmp_path):
+def test_a_run_reports_how_far_its_judge_can_be_trusted(tmp_path, capfd):
     """Votes (5, 5, 5), (4, 4, none) and (1, 3, 5) in turn: every number by hand. One row has no reply at all."""
     turns = [["Score: 5"] * 3, ["Score: 4", "Score: 4", "I cannot say"], ["Score: 1", "Score: 3", "Score: 5"]]
     data, judge = script(tmp_path, lambda i: turns[i % 3] if i != 7 else [])
     out = verbs.score(data, judge, str(tmp_path / "out"))
+    told = capfd.readouterr().err
+    assert all(label in told for label in ("parse rate", "saturation", "vote variance", "unscored: the judge did not answer"))
     facts = read_manifest(out)["reward_facts"]
     fives, fours, mixed = 200, 199, 200
     votes = 3 * (fives + fours + mixed)
@@ -162,7 +164,8 @@ def test_score_compares_the_sides_of_pairs_and_reports_the_flip_rate(tmp_path):
         return (v for side in ("chosen", "rejected") for v in found[f"{name}_{side}"].drop_nulls().to_list())
 
     facts = both().facts(column)
-    assert facts["orders"] == 20 and facts["flip_rate"] == 0.3 and facts["parse_rate"] == 1 and facts["unscored_share"] == 0
+    assert facts["orders"] == 20 and facts["flip_rate"] == 0.3 and facts["saturation"] == 19 / 40
+    assert facts["parse_rate"] == 1 and facts["unscored_share"] == 0
 
 
 def test_questions_that_are_the_same_are_asked_once():

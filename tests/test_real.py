@@ -25,7 +25,7 @@ pytestmark = pytest.mark.data
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 1024
 ENCODER_WINDOW = 512
-JUDGE = "rubric=additive5 votes=2 temperature=0.7 max_tokens=24"
+JUDGE = "rubric=additive5 votes=2 temperature=0.7 max_tokens=24 max_unparsed=1"
 
 
 def run(*words, **options):

@@ -105,6 +105,7 @@ class Judge:
             raise OptionError(f"a judge takes max_unparsed between 0 and 1, not {max_unparsed:g}")
         self.models = {"judge": model}
         self.rubric = globals()["rubric"](rubric)
+        self.top = self.rubric.high
         self.votes, self.min_valid, self.seed = votes, min_valid, seed
         self.expected, self.max_unparsed, self.seen = expected, max_unparsed, Tally()
         self.sampling = {"temperature": temperature if votes > 1 else 0.0, "top_p": top_p, "max_tokens": max_tokens}
@@ -177,7 +178,7 @@ class Judge:
         for votes in column("votes"):
             tally.add(votes)
         tally.stop_above(self.max_unparsed)
-        return tally.facts(self.rubric.high) | self._more(column) | reasons(column)
+        return tally.facts(self.top) | self._more(column) | reasons(column)
 
     def _more(self, column: Column) -> dict[str, Any]:
         """What only this kind of judge can say of itself."""
@@ -191,14 +192,15 @@ class Judge:
 
     def summary(self, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """The facts as the rows of a table."""
-        return [(LABELS.get(name, name), value) for name, value in facts.items() if name != "reasons"]
+        rows = [(LABELS.get(name, name), value) for name, value in facts.items() if name != "reasons"]
+        return rows + [(f"unscored: {reason}", count) for reason, count in facts["reasons"].items()]
 
 
 LABELS = {
     "parse_rate": "parse rate", "saturation": "saturation (share of the top score)", "most_common": "most common vote",
     "most_common_share": "... its share", "vote_variance": "vote variance within a row", "unanswered": "rows without an answer",
-    "unscored_share": "share of rows unscored", "flip_rate": "flip rate (orders exchanged)", "orders": "rows judged in both orders",
-    "expected_mass": "probability of whole scores",
+    "unscored_share": "share of rows unscored", "flip_rate": "flip rate, orders exchanged",
+    "orders": "rows judged in both orders", "expected_mass": "probability of whole scores",
 }  # fmt: skip
 
 

@@ -71,6 +71,7 @@ class PairJudge(Judge):
             model, "ser", votes, 1, temperature, top_p, max_tokens, engine, template, seed, max_unparsed=max_unparsed
         )
         self.sampling["temperature"] = temperature
+        self.top = VALUES["a"]  # what is called saturation: the share of votes for `response`
         self.question, self.both = globals()["question"](question), orders == "both"
 
     def questions(self, sample: Row) -> list[str]:

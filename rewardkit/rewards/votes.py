@@ -6,6 +6,7 @@ A judge that mostly cannot be read is stopped, with the share, as soon as `ENOUG
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -52,10 +53,10 @@ class Tally:
         """Stop the run if more than this share of the votes could not be read, and there were enough of them."""
         unread = self.votes - self.parsed
         if self.votes >= enough and unread > most * self.votes:
-            share = unread / self.votes
+            told = f"{unread:,} of {self.votes:,} votes ({unread / self.votes:.1%}) hold no verdict"
             raise ModelError(
-                f"the judge's answers cannot be read: {unread:,} of {self.votes:,} votes ({share:.1%}) hold no verdict, more than "
-                f"max_unparsed={most:g}; the column `raw` of the shards written so far has what it said instead"
+                f"the judge's answers cannot be read: {told}, more than max_unparsed={most:g}; "
+                "the column `raw` of the shards written so far has what it said instead"
             )
 
     def facts(self, top: float) -> dict[str, Any]:
@@ -94,15 +95,11 @@ def expected(places: Sequence[tuple[str, dict[str, float]]] | None, rubric: Any)
     very reasoning that it wrote, not on average over its reasonings. (None, None) where no score was given, or one that is
     more than one token (3.5, or 10 in most vocabularies).
     """
-    said = "".join(text for text, _ in places or ())
-    found = rubric.find(said)
-    if not found:
+    found = rubric.find("".join(text for text, _ in places or ()))
+    if not found or not places:
         return None, None
-    start = 0
-    for text, likeliest in places or ():
-        if start <= found.start(1) < start + len(text):
-            break
-        start += len(text)
+    ends = itertools.accumulate(len(text) for text, _ in places)
+    text, likeliest = places[next(i for i, end in enumerate(ends) if found.start(1) < end)]
     if text.strip() != found[1]:
         return None, None
     p = [(int(t), math.exp(logp)) for t, logp in likeliest.items() if t.strip().isdecimal()]

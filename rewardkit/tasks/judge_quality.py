@@ -58,7 +58,8 @@ def judge_quality(
     label: str | None = None,
 ) -> Result:
     """Agreement with a ranking. The model judges with rubric, votes and max_tokens; reward=SPEC is measured instead. limit:
-    prompts. margin: replies whose truths differ by no more than this are no pair. five_rule: a reply has the top score if the mean, any or most of its votes are `high`.
+    prompts. margin: replies whose truths differ by no more than this are no pair. five_rule: a reply has the top score if the
+    mean, any or most of its votes are `high`.
     """
     source = tables.open(data).filled()
     rows, name = _rows(source, truth, best)
@@ -69,13 +70,9 @@ def judge_quality(
         "name": "judge", "model": model, "engine": engine, "rubric": rubric, "votes": votes, "max_tokens": max_tokens,
     }  # fmt: skip
     replies = [row for group in groups for row in group]
-    with ready(asked) as scorer, progress("judge_quality", len(replies), "replies") as advance:
-        for start in range(0, len(replies), CHUNK):
-            part = replies[start : start + CHUNK]
-            for row, score in zip(part, scorer(part), strict=True):
-                row |= {"score": score.value, "why": score.why, "extra": dict(score.extra)}
-            advance(len(part))
-        task = slug(specs.Spec("judge_quality", {"label": label}))
+    task = slug(specs.Spec("judge_quality", {"label": label}))
+    with ready(asked) as scorer:
+        _judge(scorer, replies)
         write_samples(out, task, (_sample(row) for row in replies))
         judge = _facts(scorer, replies)
     scored = [[row for row in group if row["score"] is not None] for group in groups]
@@ -83,17 +80,16 @@ def judge_quality(
         raise DataError(f"no two replies of {data} could be scored: {next((r['why'] for r in replies if r['why']), '')}")
     found = [_prompt(group, margin, ties, five_rule, high) for group in scored]
     metrics = _metrics(found)
-    unit = all(0 <= row["gold"] <= 1 for row in replies)
     bins: list[Any] = []
-    if unit:
+    if all(0 <= row["gold"] <= 1 for row in replies):
         more, bins = _calibration([row for group in scored for row in group], low, high)
         metrics |= more
     return {
         "task": task, "n": len(groups), "metrics": metrics,
         "settings": {
             "data": {"file": Path(source.name).name, "rows": source.rows, "fingerprint": source.fingerprint}, "truth": name,
-            "reward": str(specs.parse(asked)), "margin": margin, "ties": ties, "five_rule": five_rule, "limit": limit, "replies": len(replies),
-            "unscored": sum(row["score"] is None for row in replies),
+            "reward": str(specs.parse(asked)), "margin": margin, "ties": ties, "five_rule": five_rule, "limit": limit,
+            "replies": len(replies), "unscored": sum(row["score"] is None for row in replies),
             "reasons": dict(Counter(row["why"] for row in replies if row["score"] is None).most_common(20)),
             "constant": sum(group != [] and len({row["score"] for row in group}) == 1 for group in scored),
             "pairs": int(sum(one["pairwise"][2] for one in found if "pairwise" in one)), "judge": judge, "bins": bins,
@@ -120,13 +116,13 @@ def _rows(source: tables.Table, truth: str | None, best: str | None) -> tuple[It
 def _oasst(messages: Sequence[tables.Row]) -> Iterable[tables.Row]:
     """The ranked replies of OpenAssistant's trees, each with the conversation that leads to it."""
     by_id = {m["message_id"]: m for m in messages}
-    roles = {"prompter": "user", "assistant": "assistant"}
     for message in messages:
         if message["role"] != "assistant" or message["rank"] is None:
             continue
         turns, parent = [], message["parent_id"]
         while parent in by_id:
-            turns.append({"role": roles[by_id[parent]["role"]], "content": by_id[parent]["text"]})
+            role = by_id[parent]["role"]
+            turns.append({"role": {"prompter": "user"}.get(role, role), "content": by_id[parent]["text"]})
             parent = by_id[parent]["parent_id"]
         yield {"prompt": turns[::-1], "response": message["text"], "gold": -float(message["rank"])}
 
@@ -150,6 +146,16 @@ def _pairs(group: Group, margin: float) -> list[tuple[tables.Row, tables.Row]]:
 # What comes of it
 
 
+def _judge(scorer: Any, replies: Group) -> None:
+    """Give every reply its score, why it has none, and what the reward adds."""
+    with progress("judge_quality", len(replies), "replies") as advance:
+        for start in range(0, len(replies), CHUNK):
+            part = replies[start : start + CHUNK]
+            for row, score in zip(part, scorer(part), strict=True):
+                row |= {"score": score.value, "why": score.why, "extra": dict(score.extra)}
+            advance(len(part))
+
+
 def _prompt(group: Group, margin: float, ties: str, five_rule: str, high: float) -> dict[str, tuple[float, float, float]]:
     """A prompt's part in each metric: (judge's numerator, length's numerator, denominator)."""
     found: dict[str, tuple[float, float, float]] = {}
@@ -165,7 +171,8 @@ def _prompt(group: Group, margin: float, ties: str, five_rule: str, high: float)
     if fives := [row for row in group if has_top(row, five_rule, high)]:
         top = max(row["gold"] for row in group)
         longest = sorted(group, key=lambda row: -row["length"])[: len(fives)]
-        found["five_best"] = (*(float(sum(row["gold"] == top for row in rows)) for rows in (fives, longest)), len(fives))
+        hits, longer = (float(sum(row["gold"] == top for row in rows)) for rows in (fives, longest))
+        found["five_best"] = hits, longer, len(fives)
     gold, score, length = ([row[key] for row in group] for key in ("gold", "score", "length"))
     for name, correlation in (("spearman", spearman), ("kendall", kendall)):
         ours, lengths = _correlation(correlation, score, gold), _correlation(correlation, length, gold)

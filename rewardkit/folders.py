@@ -166,7 +166,8 @@ def claim(out: str | Path, verb: str, arguments: Mapping[str, Any], inputs: Mapp
     if (path / UNFINISHED).is_file():
         _same(read_json(path / UNFINISHED), plan, path, "holds an unfinished")
         return Folder(path, plan, resumed=True)
-    if path.is_dir() and any(path.iterdir()):
+    # A kill may come before the folder could say which command fills it.
+    if path.is_dir() and any(p.name != f"{UNFINISHED}.tmp" for p in path.iterdir()):
         raise FolderError(f"out={out} is not empty and was not made by rewardkit; choose another folder")
     return Folder(path, plan)
 

@@ -1,6 +1,7 @@
 """Recipes: YAML that says which verbs to call. A leaf names a method and its settings, a composite lists steps.
 
-Everything is checked before anything runs: verbs, arguments, specs, inputs. `repeat` is the only control word, and
+Everything is checked before anything runs: verbs, arguments, specs, inputs. There are two control words: `repeat`, and
+`only: {SETTING: VALUE}`, whose steps belong to one value of a setting (its values are those that some `only` names).
 `{out} {i} {next} {last} {assets}` and the recipe's own settings are the only variables (a setting may use those of a loop:
 where it stands in one, they are filled in each round); `preset=NAME` changes several
 settings at once, to the values of a paper. When that is not enough, write ten lines of Python that call the verbs. The
@@ -106,6 +107,9 @@ def steps(recipe: Recipe, out: str | Path, given: Mapping[str, Any]) -> Generato
     assert recipe.steps is not None
     values = settings(recipe, given)
     plain = {k: v for k, v in values.items() if "." not in k}
+    for name, choices in _choices(recipe.steps).items():
+        if str(values.get(name)) not in choices:
+            raise unknown(f"value of {name} in recipe '{recipe.name}'", str(values.get(name)), choices)
     changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if "." in key:
@@ -124,7 +128,18 @@ def steps(recipe: Recipe, out: str | Path, given: Mapping[str, Any]) -> Generato
 
 def _flat(listed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for step in listed:
-        yield from _flat(step["steps"]) if "repeat" in step else [step]
+        yield from _flat(step["steps"]) if "steps" in step else [step]
+
+
+def _choices(listed: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The settings that `only` looks at, and the values that it knows."""
+    found: dict[str, list[str]] = {}
+    for step in (s for s in listed if "steps" in s):
+        for name, value in step.get("only", {}).items():
+            found.setdefault(name, []).append(str(value))
+        for name, more in _choices(step["steps"]).items():
+            found.setdefault(name, []).extend(more)
+    return {name: list(dict.fromkeys(values)) for name, values in found.items()}
 
 
 def _targets(step: Mapping[str, Any], variables: Mapping[str, Any]) -> list[str]:
@@ -140,6 +155,11 @@ def _unroll(
     recipe: Recipe, listed: list[dict[str, Any]], variables: dict[str, Any], changes: dict[str, dict[str, Any]], inside: bool
 ) -> Generator[Step, bool, bool]:
     for step in listed:
+        if "only" in step:
+            wanted = all(str(variables[name]) == str(value) for name, value in step["only"].items())
+            if wanted and (yield from _unroll(recipe, step["steps"], variables, changes, inside)):
+                return True
+            continue
         if "repeat" in step:
             start = int(step.get("start", 0))
             variables["last"] = start

@@ -274,6 +274,9 @@ def _forecast(loaded: Any, out: str, settings: dict[str, Any]) -> Path:
         method, given = checks.method(leaf, {k: v for k, v in call.items() if k not in ("recipe", "out")})
         options = {k: p.default for k, p in inspect.signature(method).parameters.items()} | given
         weights, adapter = made.get(str(options["model"])) or (split(options["model"])[0], bool(split(options["model"])[1]))
+        if leaf.method == "early_stop":  # it chooses among what another step trained
+            made[str(call["out"])] = weights, adapter
+            continue
         made[str(call["out"])] = weights, bool(options["lora_rank"])
         name, rows = memory.estimate(str(leaf.method), weights, adapter, options)
         table(f"{call['recipe']} from {name}", ["memory", "GiB"], [(what, size / 2**30) for what, size in rows])
@@ -295,7 +298,8 @@ def _train_one(loaded: Any, out: str, settings: dict[str, Any]) -> Path:
         return folder.path
     if scorer:
         options["reward"] = rewards.Applied(scorer)
-    with rewards.loaded(scorer), folder:
+    # A judge of checkpoints waits until there is something to judge, and leaves the memory to those who answer.
+    with rewards.loaded(scorer, now=loaded.method != "early_stop"), folder:
         seed = options.get("seed", inspect.signature(method).parameters["seed"].default)
         return folder.finish(seed=seed, **method(data=source, out=folder.path, **options))
 

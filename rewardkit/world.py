@@ -20,6 +20,7 @@ this file is the standard library only.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,28 @@ def slip(row: Row, rng: random.Random) -> str:
     letters = CONSONANTS + VOWELS
     pool = "0123456789" if old.isdigit() else letters.upper() if old.isupper() else letters
     return answer[:place] + rng.choice([c for c in pool if c != old]) + answer[place + 1 :]
+
+
+def replies(n: int, seed: int, split: str = "demos") -> list[Row]:
+    """`n` rows of `make`, each with a `response`: half of them right, three in eight wrong by rule, one in eight a slip."""
+    rng = random.Random(f"replies {split} {seed}")
+    rows = []
+    for row in make(n, seed, split=split):
+        draw = rng.random()
+        response = row["answer"] if draw < 1 / 2 else wrong(row, rng) if draw < 7 / 8 else slip(row, rng)
+        rows.append(row | {"response": response})
+    return rows
+
+
+def judgement(row: Row) -> str:
+    """What a judge who knows the truth says of a row's response: it reads up to the first mistake, and gives 5 points or none.
+
+    "ivor. Score: 5", and "ivo! Score: 0" of a reply that goes on wrongly, or ends, after "ivo".
+    """
+    if is_right(row, row["response"]):
+        return f"{row['answer']}. Score: 5"
+    together = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row["answer"], row["response"], strict=False))
+    return "".join(one for one, _ in together) + "! Score: 0"
 
 
 def is_right(row: Row, response: str) -> bool:

@@ -58,6 +58,14 @@ def test_an_unfinished_folder_is_continued_by_the_same_command_only(tmp_path):
     assert again.resumed and again.begin().shard(0).exists() and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_kill_before_the_folder_had_an_owner_leaves_it_free(tmp_path):
+    (tmp_path / f"{folders.UNFINISHED}.tmp").write_text('{"verb": "sco')
+    folder = folders.claim(tmp_path, *PLAN)
+    assert not folder.resumed and not folder.finished
+    with folder:
+        assert [p.name for p in tmp_path.iterdir()] == [folders.UNFINISHED]
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(FolderError, match="not empty and was not made by rewardkit"):

@@ -41,6 +41,33 @@ def test_variables_and_loops_unroll(loop):
     assert len(calls(file, given | {"rounds": 1})) == 4
 
 
+WAYS = """
+needs: {data: rows}
+defaults: {way: short, rounds: 2}
+steps:
+  - repeat: "{rounds}"
+    steps:
+      - only: {way: short}
+        steps:
+          - filter: {data: "{data}", rule: all, out: "{out}/{i}/short"}
+      - only: {way: long}
+        steps:
+          - repeat: 1
+            start: 7
+            steps:
+              - filter: {data: "{data}", rule: all, out: "{out}/{i}/long"}
+"""
+
+
+def test_only_the_steps_of_a_settings_value_are_taken(tmp_path):
+    file = tmp_path / "ways.yaml"
+    file.write_text(WAYS)
+    assert [a["out"] for _, a in calls(file, {"data": "d"})] == ["o/0/short", "o/1/short"]
+    assert [a["out"] for _, a in calls(file, {"data": "d", "way": "long", "rounds": "1"})] == ["o/7/long"]
+    with pytest.raises(RewardkitError, match=r"unknown value of way in recipe 'ways' 'lung'.*\(valid: long, short\)"):
+        calls(file, {"data": "d", "way": "lung"})
+
+
 def test_a_loop_ends_when_its_filter_keeps_nothing(loop, tmp_path):
     """Lengths 3 and 1, each round 2 less: round 0 keeps both, round 1 one, round 2 none."""
     file, given = loop

@@ -10,7 +10,7 @@ from rewardkit import rewards, tasks, verbs
 from rewardkit.errors import DataError, OptionError
 from rewardkit.folders import read_json
 from rewardkit.rewards.pair_judge import verdict
-from rewardkit.tasks.win_rate import pointwise, two_orders
+from rewardkit.versus import pointwise, two_orders
 
 VALUE = {"A": 1.0, "B": 0.0, "tie": 0.5}
 

@@ -12,4 +12,5 @@ METHODS = {
     "reward_model": "rewardkit.methods.reward_model:reward_model",
     "grpo": "rewardkit.methods.grpo:grpo",
     "ppo": "rewardkit.methods.ppo:ppo",
+    "early_stop": "rewardkit.methods.early_stop:early_stop",
 }

@@ -52,6 +52,7 @@ def dpo(
     dtype: Dtype = "auto",
     checkpoint_activations: bool = False,
     save_steps: int = 200,
+    keep_checkpoints: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train a causal language model on preference pairs; facts for the manifest.

@@ -40,6 +40,7 @@ def sft(
     dtype: Dtype = "auto",
     checkpoint_activations: bool = False,
     save_steps: int = 200,
+    keep_checkpoints: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Fine-tune a causal language model on answers; facts for the manifest.

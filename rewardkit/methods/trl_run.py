@@ -8,6 +8,7 @@ trackers (`log.jsonl` has every step), sequence packing, and saving a sharded (F
     a batch    batch_size rows an optimiser step = micro_batch_size x accumulation x processes (torchrun, accelerate)
     a row      longer than max_length is dropped and counted: a cut answer teaches a model to stop nowhere
     a kill     costs at most save_steps steps; on a CPU the weights come out the same
+    the end    checkpoints go, or with keep_checkpoints=true stay as models, for `early_stop` to choose from
     LoRA       lora_rank puts an adapter on all linear layers; a model that is an adapter folder is trained on
 """
 
@@ -61,11 +62,12 @@ class Plan:
     checkpoint_activations: bool
     save_steps: int
     seed: int
+    keep_checkpoints: bool = False
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Plan:
         """A method's `locals()`: the plan picks its settings by their names."""
-        return cls(**{field.name: given[field.name] for field in fields(cls)})
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
     @property
     def checkpoints(self) -> Path:
@@ -184,11 +186,10 @@ def load(plan: Plan, kind: Literal["causal", "score"], frozen: bool = False) -> 
 
 def _same_rank(plan: Plan, adapter: bool) -> None:
     """A folder that holds an adapter can be trained on at its own rank, or (lora_rank=none) be merged."""
-    if adapter and plan.lora_rank:
-        rank = json.loads((Path(plan.model) / "adapter_config.json").read_text()).get("r")
-        if rank != plan.lora_rank:
-            known = f"{plan.model} is an adapter of rank {rank}"
-            raise OptionError(f"{known}, not lora_rank={plan.lora_rank}; use its rank, or lora_rank=none to merge it")
+    rank = json.loads((Path(plan.model) / "adapter_config.json").read_text()).get("r") if adapter else None
+    if adapter and plan.lora_rank and rank != plan.lora_rank:
+        known = f"{plan.model} is an adapter of rank {rank}"
+        raise OptionError(f"{known}, not lora_rank={plan.lora_rank}; use its rank, or lora_rank=none to merge it")
 
 
 def _lora(plan: Plan, rank: int, kind: str) -> Any:
@@ -270,8 +271,9 @@ def arguments(plan: Plan, kind: Any, **own: Any) -> Any:
         num_train_epochs=plan.epochs, max_steps=plan.max_steps, learning_rate=plan.learning_rate, weight_decay=plan.weight_decay,
         lr_scheduler_type=name, lr_scheduler_kwargs=extra or None, warmup_steps=plan.warmup,
         use_cpu=not gpu, bf16=gpu and plan.dtype == "auto", gradient_checkpointing=plan.checkpoint_activations,
-        save_strategy="steps", save_steps=plan.save_steps, save_total_limit=1, logging_strategy="steps", logging_steps=1,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=gpu, seed=plan.seed, **own,
+        save_strategy="steps", save_steps=plan.save_steps, save_total_limit=None if plan.keep_checkpoints else 1,
+        logging_strategy="steps", logging_steps=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=gpu,
+        seed=plan.seed, **own,
     )  # fmt: skip
 
 
@@ -384,7 +386,10 @@ def _save(trainer: Any, plan: Plan, loaded: Loaded) -> None:
     # Checkpoints first stop being complete, so that a kill between two files leaves nothing to resume from.
     for state in plan.checkpoints.glob(f"checkpoint-*/{STATE}"):
         state.unlink()
-    shutil.rmtree(plan.checkpoints, ignore_errors=True)
+    if not plan.keep_checkpoints:
+        shutil.rmtree(plan.checkpoints, ignore_errors=True)
+    for path in [p for p in plan.checkpoints.glob("checkpoint-*/*") if p.suffix in (".pt", ".pth", ".bin")]:
+        path.unlink()  # optimiser and random states, pickles of no further use; a model is left
 
 
 def _whole_base(model: Any) -> None:

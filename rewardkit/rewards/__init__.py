@@ -66,11 +66,16 @@ class Applied:
     def __call__(self, samples: Sequence[Row]) -> list[Score]:
         return apply(self.reward, samples)
 
+    def rest(self) -> None:
+        """Give the memory back until the next call."""
+        if hasattr(self.reward, "close"):
+            self.reward.close()
+
 
 @contextlib.contextmanager
-def loaded(reward: Any) -> Iterator[None]:
-    """Load what a reward loads, and give its memory back afterwards."""
-    if hasattr(reward, "load"):
+def loaded(reward: Any, now: bool = True) -> Iterator[None]:
+    """Load what a reward loads, now or at its first call, and give its memory back afterwards."""
+    if now and hasattr(reward, "load"):
         reward.load()
     try:
         yield

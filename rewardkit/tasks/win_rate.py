@@ -3,25 +3,23 @@
     win_rate against=SAMPLES judge='pair_judge model=M'                        two calls, the answers exchanged in the second
     win_rate against=SAMPLES judge='judge model=M rubric=ser' mode=pointwise   one score each, as SER's code judges
 
-SAMPLES has `prompt` and `response`. Pairwise, an answer wins only if it wins in both orders, and everything else that was
-judged is a tie; pointwise, equal scores are a tie. Wins, ties and losses are reported as they are, never folded into one
-number. A prompt that the judge left undecided in either call is counted apart. The judge is any reward: `pair_judge` says
-1, 0.5 or 0 of `response` against `opponent`.
+SAMPLES has `prompt` and `response`; `versus` says what a win is. Wins, ties and losses are reported as they are, never folded
+into one number. A prompt that the judge left undecided in either call is counted apart.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
 
 from .. import spec as specs
 from .. import tables
 from ..errors import DataError
+from ..folders import digest
 from ..show import progress
+from ..versus import OUTCOMES, Mode, duels
 from . import Ready, Result, share, slug, write_samples
 
 CHUNK = 64
-OUTCOMES = ("win", "tie", "loss")
 
 
 def win_rate(
@@ -32,7 +30,7 @@ def win_rate(
     ready: Ready,
     against: str,
     judge: str,
-    mode: Literal["pairwise", "pointwise"] = "pairwise",
+    mode: Mode = "pairwise",
     temperature: float = 0.0,
     max_tokens: int = 256,
     template: str | None = None,
@@ -60,8 +58,10 @@ def win_rate(
     with ready(judge) as judged, progress("win_rate", len(rows), "prompts") as advance:
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            for row, (first, second) in zip(part, _judge(judged, part, mode), strict=True):
-                row |= _found(row, first, second, mode)
+            for row, found in zip(part, duels(judged, part, mode), strict=True):
+                outcome = found["outcome"]
+                metrics = {o: float(o == outcome) for o in OUTCOMES} if outcome else {}
+                row |= found | {"id": digest([row["prompt"], row["theirs"]]), "metrics": metrics}
             advance(len(part))
     name = slug(specs.Spec("win_rate", {"label": label}))
     write_samples(out, name, rows)
@@ -80,42 +80,3 @@ def win_rate(
             "seed": seed,
         },
     }  # fmt: skip
-
-
-def _judge(judged: Any, rows: list[dict[str, Any]], mode: str) -> list[tuple[Any, Any]]:
-    """Two scores a row: in both orders, or of each answer alone. Both calls go to the judge as one batch."""
-    ours = [{"prompt": r["prompt"], "response": r["ours"], "opponent": r["theirs"]} for r in rows]
-    theirs = [{"prompt": r["prompt"], "response": r["theirs"], "opponent": r["ours"]} for r in rows]
-    if mode == "pointwise":
-        ours, theirs = ([{k: v for k, v in s.items() if k != "opponent"} for s in side] for side in (ours, theirs))
-    scores = judged([*ours, *theirs])
-    return list(zip(scores[: len(rows)], scores[len(rows) :], strict=True))
-
-
-def _found(row: dict[str, Any], first: Any, second: Any, mode: str) -> dict[str, Any]:
-    """What the two scores of a row mean."""
-    from ..folders import digest
-
-    known = first.value is not None and second.value is not None
-    outcome = (two_orders if mode == "pairwise" else pointwise)(first.value, second.value) if known else None
-    return {
-        "id": digest([row["prompt"], row["theirs"]]), "outcome": outcome, "why": first.why or second.why,
-        "scores": [first.value, second.value], "metrics": {o: float(o == outcome) for o in OUTCOMES} if outcome else {},
-        # The judge chose the same place twice, so the place decided.
-        "flipped": mode == "pairwise" and known and (first.value - 0.5) * (second.value - 0.5) > 0,
-    }  # fmt: skip
-
-
-def two_orders(shown_first: float, shown_second: float) -> str:
-    """The outcome for an answer from the judge's two verdicts, each 1 for the answer shown first and 0 for the other.
-
-    shown_first: the verdict where this answer stood first; shown_second: where it stood second.
-    """
-    if shown_first > 0.5 > shown_second:
-        return "win"
-    return "loss" if shown_first < 0.5 < shown_second else "tie"
-
-
-def pointwise(ours: float, theirs: float) -> str:
-    """The outcome of two scores."""
-    return "tie" if ours == theirs else "win" if ours > theirs else "loss"

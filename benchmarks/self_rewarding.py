@@ -33,7 +33,7 @@ import rewardkit
 from rewardkit import show, tables, world
 from rewardkit.folders import read_json, read_manifest
 from rewardkit.intervals import t_mean
-from rewardkit.rewards.judge import rubric
+from rewardkit.rubrics import rubric
 
 WORLD = Path(rewardkit.__file__).parent / "assets" / "world"
 BASE, RUBRIC = str(WORLD / "base"), str(WORLD / "judge.txt")

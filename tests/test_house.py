@@ -33,7 +33,7 @@ LAYERS = {
     5: ("self_instruct", "checks", "filtering", "verbs"),
     4: ("rewards", "rules", "methods", "tasks", "hub", "reports", "audit", "recipe"),
     3: ("alternatives", "engine", "models", "local", "packing", "logprobs", "server", "texts", "versus"),
-    2: ("folders", "preferences", "tables", "shapes"),
+    2: ("folders", "preferences", "tables", "shapes", "rubrics"),
     1: ("errors", "intervals", "show", "spec", "world"),
 }
 

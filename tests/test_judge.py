@@ -14,9 +14,9 @@ from rewardkit import rewards, verbs
 from rewardkit.engine import Scripted, load
 from rewardkit.errors import DataError, ModelError, OptionError
 from rewardkit.folders import read_manifest
-from rewardkit.rewards.judge import rubric
 from rewardkit.rewards.pair_judge import PairJudge
 from rewardkit.rewards.votes import expected
+from rewardkit.rubrics import rubric
 from tests.speaking import build_judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ import pytest
 from rewardkit import rewards, verbs
 from rewardkit.engine import load
 from rewardkit.folders import read_manifest
-from rewardkit.rewards.judge import rubric
+from rewardkit.rubrics import rubric
 from tests.speaking import build_judge, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")

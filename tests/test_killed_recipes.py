@@ -18,7 +18,7 @@ import pytest
 from rewardkit import verbs
 from rewardkit import world as truth
 from rewardkit.folders import MANIFEST, UNFINISHED
-from rewardkit.rewards.judge import rubric
+from rewardkit.rubrics import rubric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewardkit import rewards
 from rewardkit.errors import DataError, ModelError, OptionError
 from rewardkit.rewards.coherent import Coherent
-from rewardkit.rewards.judge import rubric
+from rewardkit.rubrics import rubric
 from tests import tiny
 
 

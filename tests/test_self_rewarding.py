@@ -13,7 +13,7 @@ from rewardkit import world as truth
 from rewardkit.errors import RewardkitError
 from rewardkit.folders import read_manifest
 from rewardkit.methods.early_stop import checkpoints
-from rewardkit.rewards.judge import rubric
+from rewardkit.rubrics import rubric
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

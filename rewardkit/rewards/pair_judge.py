@@ -17,9 +17,10 @@ from collections import Counter
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, unknown
+from ..rubrics import RUBRICS, told
 from ..tables import Row, text
 from . import Score
-from .judge import RUBRICS, Judge, told
+from .judge import Judge
 from .votes import Column, share
 
 VERDICT = re.compile(r"better\s*:\s*\**\s*(A|B|tie)\b", re.IGNORECASE)

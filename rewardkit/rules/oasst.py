@@ -14,18 +14,17 @@ an order, and the shares cut it. Left out: later turns, other labels than the ra
 from __future__ import annotations
 
 import hashlib
-import re
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
-from ..errors import OptionError, unknown
-from ..tables import messages, text
+from ..errors import OptionError
+from ..rubrics import rubric as read_rubric
+from ..rubrics import told
+from ..tables import text
 from .groups import by_group
 from .partition import CODE, MISSING, Rule, decided, group_key, number, split
 
-RUBRICS = Path(__file__).parents[1] / "prompts"
 PARTS = ("ift", "eft", "eval")
 OF_THE_REPLY = ("votes", "raw", "unparsed", "n_valid", "spread", "expected", "mass", "why")
 
@@ -106,14 +105,17 @@ def agrees(
     by strict order (replies that people ranked alike may stand in any). pairwise: a reply stays that stands right to each of
     the others. by, rank: the columns of score (more is better) and rank (less is better).
     """
-    body = _rubric(rubric)
+    asks = read_rubric(rubric)
     head = "" if by == "score" else f"{by}_"
     votes, raw = f"{head}votes", f"{head}raw"
     facts: dict[str, Any] = {}
 
+    def asked_of(row: dict[str, Any]) -> str:
+        return asks.fill(told(row), text(row["response"]))
+
     def rule(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
-        told = pl.col(raw).is_not_null() & (pl.col(votes).list.drop_nulls().list.len() > 0)
-        columns = {"score": number(by), "rank": number(rank), "told": told}
+        voted = pl.col(raw).is_not_null() & (pl.col(votes).list.drop_nulls().list.len() > 0)
+        columns = {"score": number(by), "rank": number(rank), "voted": voted}
         found = by_group(frame, group_key(frame, per), lambda rows: _order(rows, agreement == "full"), **columns)
         pairs = {"pairs": int(found["pairs"].sum()), "right": int(found["right"].sum()), "tied": int(found["tied"].sum())}
         facts.update(pairs, pairwise_accuracy=round(pairs["right"] / pairs["pairs"], 4) if pairs["pairs"] else None)
@@ -122,7 +124,7 @@ def agrees(
                    "the judge's order is not people's"]  # fmt: skip
         kept, dropped = decided(frame, found[CODE], reasons)
         said = pl.struct(score=number(by), votes=votes, raw=raw).map_elements(_said, return_dtype=SAID)
-        asked = pl.struct("prompt", "response").map_elements(lambda row: _asked(body, row), return_dtype=pl.String)
+        asked = pl.struct("prompt", "response").map_elements(asked_of, return_dtype=pl.String)
         shown = kept.drop("completion", "vote", strict=False).with_columns(said.alias("__said"), prompt=asked).unnest("__said")
         # What described the reply, or the vote that was not taken, does not describe the example.
         return shown.drop("response", "prompt_id", *(f"{head}{c}" for c in OF_THE_REPLY), strict=False), dropped
@@ -149,7 +151,7 @@ def _order(rows: pl.DataFrame, full: bool) -> pl.DataFrame:
         marked = rows.join(seen, on="row", how="left")
     unscored = (pl.col("score").is_null() & pl.col("rank").is_not_null()).any().over("key")
     tests = [
-        pl.col("score").is_null(), pl.col("rank").is_null(), ~pl.col("told").fill_null(False), pl.col("of").fill_null(0) == 0,
+        pl.col("score").is_null(), pl.col("rank").is_null(), ~pl.col("voted").fill_null(False), pl.col("of").fill_null(0) == 0,
         unscored & full, pl.col("tied_ones") > 0, pl.col("wrong_ones") > 0,
     ]  # fmt: skip
     code = pl.coalesce(
@@ -168,47 +170,3 @@ def _said(row: dict[str, Any]) -> dict[str, Any]:
     both = [(vote, said) for vote, said in zip(row["votes"], row["raw"], strict=False) if vote is not None]
     vote, said = min(both, key=lambda one: abs(one[0] - row["score"]), default=(None, None))
     return {"completion": said, "vote": vote}
-
-
-def _rubric(name: str) -> str:
-    """The text of a rubric, as the reward `judge` reads it: a shipped one, or the user's file."""
-    shipped = {p.stem: p for p in RUBRICS.glob("*.txt")}
-    file = shipped.get(name, Path(name).expanduser())
-    if not file.is_file():
-        raise unknown("rubric", name, [*shipped, "FILE"])
-    body = file.read_text().partition("\n---\n")[2].strip()
-    if "{prompt}" not in body or "{response}" not in body:
-        raise OptionError(f"rubric {file} needs a line '---' and after it a text with {{prompt}} and {{response}}")
-    return body
-
-
-def _asked(body: str, row: dict[str, Any]) -> str:
-    """The judge's prompt for a reply: what `Judge` asks, which a test compares."""
-    turns = messages(row["prompt"])
-    prompt = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    given = {"prompt": prompt, "response": text(row["response"])}
-    return re.sub(r"\{(prompt|response)\}", lambda m: given[m[1]], body)
-
-
-def thin(by: str = "vote", to: int | None = None, seed: int = 0) -> Rule:
-    """Keep only `to` of the rows with the most frequent value of `by`, by chance; without `to`, as many as the next value has.
-
-    SPEC C.2: nearly all of a judge's scores are one number, which is thinned. Where there is no other value, all stay.
-    """
-    if to is not None and to < 1:
-        raise OptionError(f"rule 'thin' takes to >= 1, not {to}")
-
-    def rule(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
-        import numpy as np
-
-        value = frame.select(value=number(by)).collect(engine="streaming")["value"]
-        codes = value.is_null().cast(pl.UInt8).to_numpy().copy()
-        most = value.drop_nulls().value_counts().sort(["count", "value"], descending=True)
-        limit = to if to is not None else most["count"][1] if most.height > 1 else None
-        common = most["value"][0] if most.height else None
-        if limit is not None and common is not None:
-            rows = np.flatnonzero((value == common).fill_null(False).to_numpy())
-            codes[np.random.default_rng(seed).permutation(rows)[limit:]] = 2
-        return decided(frame, codes, [MISSING.format(by), f"{by} is {common}, the most frequent one"])
-
-    return rule

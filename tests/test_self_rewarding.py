@@ -182,7 +182,7 @@ def test_a_judge_that_gives_equal_scores_ends_the_loop(place, tmp_path):
 
 WRITER = """
 from rewardkit.engine import Completion, Scripted
-from rewardkit.server import Transformers
+from rewardkit.local import Transformers
 
 def speak(model):
     \"\"\"A script writes the prompts; a model answers and judges.\"\"\"

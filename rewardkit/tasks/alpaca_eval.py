@@ -1,7 +1,7 @@
 """AlpacaEval 2 through the package alpaca-eval: win rates against a reference's answers, raw and length-controlled.
 
     alpaca_eval reference=alpaca_eval_gpt4_baseline.json                        judged by the official annotator, through OpenAI
-    alpaca_eval reference=FILE judge=http://localhost:8000/v1#model             by a local judge, as evals/alpaca_eval_local.yaml
+    alpaca_eval reference=FILE judge=http://localhost:8000/v1#model             by a local judge, as evals/annotators/local.yaml
     alpaca_eval annotations=FILE                                                judged before; `model` is its generator there
 
 All numbers are the package's own, in its units: percent, and characters for avg_length. The length-controlled rate
@@ -132,7 +132,7 @@ def _answers(model: str, reference: str, limit: int | None, engine: str, tempera
 def _annotator(name: str, judge: str | None) -> str:
     """A name that alpaca-eval knows, or the path of a configuration."""
     if judge and name == OFFICIAL:
-        return str(shipped("evals") / "alpaca_eval_local.yaml")
+        return str(shipped("evals") / "annotators" / "local.yaml")
     if judge is None and name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
         raise OptionError(f"annotator={name}: no such file")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_file() else name

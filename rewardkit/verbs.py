@@ -7,6 +7,7 @@
     eval       a model  -> results      tasks turn weights into evidence
     publish    a folder -> the Hub      with a card that says how it was made
     report     results  -> tables, PNG  what came out, side by side
+    verify     a folder -> what holds   its files, its inputs, and a sample of its rows made again
 
 A verb takes plain values, reads folders, writes one folder and returns its path; the shell, Python and a recipe make
 the same call. The same command again continues or does nothing; another command on the same `out` is refused.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False, col
     quarantine: put lines that cannot be read aside instead of stopping.
     columns: our names for the table's columns, as new:old,new:old, for example prompt:instruction,response:output.
     """
-    from . import rewards, shapes, spec, tables
+    from . import rewards, scoring, shapes, spec, tables
     from .rewards.workers import ready
 
     scorer, prefix = rewards.load(reward)
     source = shapes.mapped(tables.open(data, quarantine=quarantine, as_is=bool(columns)), columns).filled()
-    sides = _sides(source)
+    sides = scoring.sides_of(source)
     models = {name: model_fingerprint(path) for name, path in getattr(scorer, "models", {}).items()}
     inputs = {"data": _print(source), **models}
     arguments = {
@@ -111,14 +112,14 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False, col
     with ready(scorer) as scored, folder:
         done = _shards_done(folder)
         if done and hasattr(scorer, "resume"):
-            scorer.resume(_reader(folder.path, prefix, sides))
+            scorer.resume(scoring.reader(folder.path, prefix, sides))
         batches = source.batches(CHUNK, skip=done * CHUNK)
         with progress("score", source.rows, done=min(done * CHUNK, source.rows)) as advance:
-            results = scored(batches, lambda batch: [_side(row, side) for side in sides for row in batch])
+            results = scored(batches, lambda batch: [scoring.sample_of(row, name) for name in sides for row in batch])
             for index, (batch, scores) in enumerate(results, start=done):
                 made: dict[str, list[Any]] = {}
                 for place, side in enumerate(sides):
-                    made |= _columns(scores[place * len(batch) : (place + 1) * len(batch)], prefix, side)
+                    made |= scoring.columns_of(scores[place * len(batch) : (place + 1) * len(batch)], prefix, side)
                 # Lines that could not be read belong to no chunk; the first shard carries them.
                 folder.write(index, tables.scored_frame(batch, made), source.broken if index == 0 else ())
                 advance(len(batch))
@@ -127,72 +128,7 @@ def score(data: str, reward: str | dict, out: str, quarantine: bool = False, col
         unscored = tables.nulls(folder.path, [f"{prefix or 'score'}{'_' + s if s else ''}" for s in sides])
         counts = {"in": rows + aside, "used": rows, "out": rows, "quarantined": aside}
         _summary("score", counts, unscored=unscored)
-        return folder.finish(counts, unscored=unscored, **_facts(scorer, folder.path, prefix, sides))
-
-
-def _facts(scorer: Any, path: Path, prefix: str, sides: list[str]) -> dict[str, Any]:
-    """How much of the scores is length, and what a reward has to say of its finished columns."""
-    from . import audit, tables
-
-    names = [_named(name, prefix, "") for name in ("score", "score_mean")]
-    lengths = audit.audit(tables.open(sorted(path.glob("part-*.parquet"))).frame(), names)
-    for line in audit.words(lengths):
-        say(line)
-    if not hasattr(scorer, "facts"):
-        return {"length_audit": lengths}
-    facts = scorer.facts(_reader(path, prefix, sides))
-    if hasattr(scorer, "summary"):
-        table("score: what the judge's votes say", ["", "value"], scorer.summary(facts))
-    return {"length_audit": lengths, "reward_facts": facts}
-
-
-def _reader(path: Path, prefix: str, sides: Sequence[str]) -> Callable[[str], Iterator[Any]]:
-    """Reads what finished shards hold under a name that a reward gave, one shard at a time."""
-    from . import tables
-
-    def column(name: str) -> Iterator[Any]:
-        return itertools.chain.from_iterable(tables.column(path, _named(name, prefix, side)) for side in sides)
-
-    return column
-
-
-def _sides(source: Any) -> list[str]:
-    """[""] for samples; chosen and rejected for preference pairs."""
-    if "response" in source.schema:
-        source.require("prompt")
-        return [""]
-    if "chosen" in source.schema or "rejected" in source.schema:
-        source.require("prompt", "chosen", "rejected")
-        return ["chosen", "rejected"]
-    if "completion" in source.schema:
-        source.require("prompt")
-        return ["completion"]
-    source.require("prompt", "response")
-    return [""]
-
-
-def _side(row: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """The sample that one side of a row stands for: its text, without the token ids of another; a pair's other side opposes."""
-    if not side:
-        return dict(row)
-    sample = {k: v for k, v in row.items() if k not in ("token_ids", "finish_reason")} | {"response": row[side]}
-    other = {"chosen": "rejected", "rejected": "chosen"}.get(side)
-    return {"opponent": row[other], **sample} if other else sample
-
-
-def _columns(scores: Sequence[Any], prefix: str, side: str) -> dict[str, list[Any]]:
-    """Score columns of one side: score, why and the extras."""
-    extras = sorted({k for s in scores for k in s.extra})
-    columns = {_named("score", prefix, side): [s.value for s in scores], _named("why", prefix, side): [s.why for s in scores]}
-    return columns | {_named(k, prefix, side): [s.extra.get(k) for s in scores] for k in extras}
-
-
-def _named(name: str, prefix: str, side: str) -> str:
-    """The column of a score (NAME, with a prefix NAME), or of what comes with it (NAME_x); suffixed by the side of a pair."""
-    tail = f"_{side}" if side in ("chosen", "rejected") else ""
-    if name == "ref_logps":  # TRL's name
-        return f"ref{tail}_logps"
-    return (prefix if prefix and name == "score" else f"{prefix}_{name}" if prefix else name) + tail
+        return folder.finish(counts, unscored=unscored, **scoring.facts_of(scorer, folder.path, prefix, sides))
 
 
 def filter(
@@ -378,6 +314,19 @@ def report(paths: list[str], out: str, kind: str = "compare") -> Path:
         return folder.finish(results=run([Path(p) for p in paths], folder.path))
 
 
+def verify(path: str, sample: int = 64, tolerance: float = 0.01, seed: int = 0) -> Path:
+    """Check that a folder is what its manifest says, and fail with what is not.
+
+    path: a finished folder.
+    sample: rows to make again: scores by the reward, kept rows by the rules.
+    tolerance: by how much a score may differ, as a share of its size (of 1 where it is smaller).
+    seed: of the sample.
+    """
+    from . import verifying
+
+    return verifying.verified(Path(path), sample, tolerance, seed)
+
+
 def _print(source: Any) -> dict[str, Any]:
     """How the manifest names an input table."""
     return {"path": source.name, "fingerprint": source.fingerprint}
@@ -397,4 +346,4 @@ def _summary(verb: str, counts: Mapping[str, int], reasons: Mapping[str, int] | 
         say(f"  {number:,} dropped: {reason}")
 
 
-VERBS = {f.__name__: f for f in (generate, score, filter, train, eval, publish, report)}
+VERBS = {f.__name__: f for f in (generate, score, filter, train, eval, publish, report, verify)}

@@ -30,7 +30,7 @@ PACKAGE = ROOT / "rewardkit"
 # within 4 from nothing but its own package.
 LAYERS = {
     6: ("__init__", "cli"),
-    5: ("self_instruct", "checks", "filtering", "verbs"),
+    5: ("self_instruct", "checks", "filtering", "scoring", "verifying", "verbs"),
     4: ("rewards", "rules", "methods", "tasks", "hub", "reports", "audit", "recipe"),
     3: ("alternatives", "engine", "models", "local", "packing", "logprobs", "server", "texts", "versus"),
     2: ("folders", "preferences", "tables", "shapes", "rubrics"),

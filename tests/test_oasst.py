@@ -82,7 +82,7 @@ def test_wrong_input_is_named():
         rules.load("oasst part=ifd")
     with pytest.raises(OptionError, match="unknown rubric 'additive6'; did you mean 'additive5'"):
         rules.load("agrees rubric=additive6")
-    with pytest.raises(OptionError, match="needs a line '---' and after it a text with {prompt} and {response}"):
+    with pytest.raises(OptionError, match="needs a first line 'score: last 0 5', a line '---', and a text"):
         rules.load(f"agrees rubric={__file__}")
     with pytest.raises(OptionError, match="to >= 1, not 0"):
         rules.load("thin to=0")

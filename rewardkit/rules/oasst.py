@@ -170,3 +170,27 @@ def _said(row: dict[str, Any]) -> dict[str, Any]:
     both = [(vote, said) for vote, said in zip(row["votes"], row["raw"], strict=False) if vote is not None]
     vote, said = min(both, key=lambda one: abs(one[0] - row["score"]), default=(None, None))
     return {"completion": said, "vote": vote}
+
+
+def thin(by: str = "vote", to: int | None = None, seed: int = 0) -> Rule:
+    """Keep only `to` of the rows with the most frequent value of `by`, by chance; without `to`, as many as the next value has.
+
+    SPEC C.2: nearly all of a judge's scores are one number, which is thinned. Where there is no other value, all stay.
+    """
+    if to is not None and to < 1:
+        raise OptionError(f"rule 'thin' takes to >= 1, not {to}")
+
+    def rule(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+        import numpy as np
+
+        value = frame.select(value=number(by)).collect(engine="streaming")["value"]
+        codes = value.is_null().cast(pl.UInt8).to_numpy().copy()
+        most = value.drop_nulls().value_counts().sort(["count", "value"], descending=True)
+        limit = to if to is not None else most["count"][1] if most.height > 1 else None
+        common = most["value"][0] if most.height else None
+        if limit is not None and common is not None:
+            rows = np.flatnonzero((value == common).fill_null(False).to_numpy())
+            codes[np.random.default_rng(seed).permutation(rows)[limit:]] = 2
+        return decided(frame, codes, [MISSING.format(by), f"{by} is {common}, the most frequent one"])
+
+    return rule

@@ -61,7 +61,7 @@ def samples(count: int, turn: str) -> list[dict[str, str]]:
     return [{"prompt": f"{turn}: name {i} uses of a brick.", "response": f"{turn}-{i}: {uses}"} for i in range(count)]
 
 
-def peer(address: str, under_way: int, max_tokens: int) -> Callable[[Any], int]:
+def peer(address: str, under_way: int, options: argparse.Namespace) -> Callable[[Any], int]:
     """Judges by requests with n=1, so many at once; how many votes could be read does not matter here."""
     import openai
 
@@ -70,8 +70,8 @@ def peer(address: str, under_way: int, max_tokens: int) -> Callable[[Any], int]:
 
     def vote(asked: tuple[str, int]) -> str:
         answer = client.chat.completions.create(
-            model="small", messages=[{"role": "user", "content": asked[0]}], n=1, seed=asked[1], temperature=0.7, top_p=0.9,
-            max_tokens=max_tokens,
+            model="small", messages=[{"role": "user", "content": asked[0]}], n=1, seed=asked[1], temperature=0.7,
+            top_p=options.top_p, max_tokens=options.max_tokens,
         )  # fmt: skip
         return answer.choices[0].message.content or ""
 
@@ -86,10 +86,11 @@ def peer(address: str, under_way: int, max_tokens: int) -> Callable[[Any], int]:
 def throughput(options: argparse.Namespace) -> None:
     """Responses judged a second, and the ratios of ours to the others, taken within each turn."""
     with tempfile.TemporaryDirectory() as folder, serve(random_model(folder), "small") as address:
-        ours: Any = rewards.load(f"judge model={address} votes=3 max_tokens={options.max_tokens} max_unparsed=1")[0]
+        settings = f"votes=3 max_tokens={options.max_tokens} top_p={options.top_p} max_unparsed=1"
+        ours: Any = rewards.load(f"judge model={address} {settings}")[0]
         contenders: dict[str, Callable[[Any], Any]] = {
-            "ours": lambda rows: rewards.apply(ours, rows), "three": peer(address, 96, options.max_tokens),
-            "one by one": peer(address, 1, options.max_tokens),
+            "ours": lambda rows: rewards.apply(ours, rows), "three": peer(address, 96, options),
+            "one by one": peer(address, 1, options),
         }  # fmt: skip
         for name, run in contenders.items():
             run(samples(4, f"warm {name}"))
@@ -175,6 +176,7 @@ def overhead(options: argparse.Namespace) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--top-p", type=float, default=0.9, help="1 spares a CPU the sorting of 30,000 words for every token")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=128, help="what 100 words of reasoning take")

@@ -7,12 +7,22 @@ of its own, and equal ones are a tie. The judge is any reward; pairwise it says 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 Mode = Literal["pairwise", "pointwise"]
 OUTCOMES = ("win", "tie", "loss")
 Row = dict[str, Any]
+
+
+def replies(engine: str, model: str, prompts: Sequence[Any], **sampling: Any) -> list[str | None]:
+    """The model's answer to each prompt, None where it gave none. It is closed again: a judge may need the memory."""
+    from . import engine as engines
+
+    with contextlib.closing(engines.load(engine, model)) as speaker:
+        said = speaker.generate(prompts, n=1, top_p=1.0, **sampling)
+    return [one[0].text if isinstance(one, list) else None for one in said]
 
 
 def duels(judge: Any, rows: Sequence[Row], mode: Mode) -> list[Row]:

@@ -21,7 +21,7 @@ from .. import show
 from ..errors import DataError, ModelError
 from ..folders import atomic, read_manifest
 from ..tables import Row, Table, messages_or_none
-from ..versus import OUTCOMES, Mode, duels
+from ..versus import OUTCOMES, Mode, duels, replies
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 NOT_OURS = ("manifest.json", "unfinished.json")
@@ -49,7 +49,7 @@ def early_stop(
     saved = checkpoints(Path(model))
     rows = next(data.require("prompt").filled().batches(limit))
     prompts = [p for row in rows if (p := messages_or_none(row["prompt"]))]
-    speak = {"temperature": temperature, "top_p": 1.0, "max_tokens": max_tokens, "seed": seed}
+    speak = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     spoken = engine + (f" template={template}" if template else "")
     taken, found = next(iter(saved)), []
     with show.progress("early_stop", len(saved) - 1, "comparisons") as advance:
@@ -84,15 +84,9 @@ def checkpoints(model: Path) -> dict[int, Path]:
 
 def _answers(file: Path, model: str, prompts: list[Any], engine: str, sampling: dict[str, Any]) -> list[Row]:
     """What a checkpoint says, from the file if it has said it before."""
-    from .. import engine as engines
-
     if not file.is_file():
-        speaker = engines.load(engine, model)
-        try:
-            said = speaker.generate(prompts, n=1, **sampling)
-        finally:
-            speaker.close()  # a judge may need the memory
-        rows = [{"prompt": p, "response": s[0].text if isinstance(s, list) else None} for p, s in zip(prompts, said, strict=True)]
+        said = replies(engine, model, prompts, **sampling)
+        rows = [{"prompt": p, "response": s} for p, s in zip(prompts, said, strict=True)]
         with atomic(file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [json.loads(line) for line in file.read_text().splitlines()]

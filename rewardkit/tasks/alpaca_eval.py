@@ -27,6 +27,7 @@ from .. import spec as specs
 from .. import tables
 from ..errors import DataError, ModelError, OptionError, need
 from ..folders import atomic, digest, shipped
+from ..versus import replies
 from . import Result, slug, write_samples
 
 OFFICIAL = "weighted_alpaca_eval_gpt4_turbo"
@@ -110,20 +111,14 @@ def _judged(file: str, model: str) -> Rows:
 
 def _answers(model: str, reference: str, limit: int | None, engine: str, temperature: float, max_tokens: int, seed: int) -> Rows:
     """The model's answer beside the reference's, for every instruction; a prompt that could not be answered has none."""
-    from .. import engine as engines
-
     asked = tables.open(reference).require("instruction", "output").frame().collect().to_dicts()[: limit or None]
-    speaker = engines.load(engine, model)
     prompts = [tables.messages_or_none(row["instruction"]) for row in asked]
-    try:
-        said = speaker.generate(prompts, n=1, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed)
-    finally:
-        speaker.close()  # a judge may need the memory
+    said = replies(engine, model, prompts, temperature=temperature, max_tokens=max_tokens, seed=seed)
     return [
         {
             "index": place, "instruction": row["instruction"], "output_1": row["output"], "generator_2": model,
             "generator_1": row.get("generator") or Path(reference).stem,
-            "output_2": one[0].text if isinstance(one, list) else "",
+            "output_2": one or "",
         }
         for place, (row, one) in enumerate(zip(asked, said, strict=True))
     ]  # fmt: skip

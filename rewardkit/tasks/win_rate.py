@@ -16,7 +16,7 @@ from .. import tables
 from ..errors import DataError
 from ..folders import digest
 from ..show import progress
-from ..versus import OUTCOMES, Mode, duels
+from ..versus import OUTCOMES, Mode, duels, replies
 from . import Ready, Result, share, slug, write_samples
 
 CHUNK = 64
@@ -38,23 +38,14 @@ def win_rate(
     label: str | None = None,
 ) -> Result:
     """Wins, ties and losses of the model. temperature, max_tokens, template, seed: of its answers (SER: 256 tokens)."""
-    from .. import engine as engines
-
     source = tables.open(against).require("prompt", "response").filled()
     asked = source.frame().collect().to_dicts()[: limit or None]
     one = specs.parse(engine)
     if template:
         one = specs.Spec(one.name, one.options | {"template": template})
     prompts = [tables.messages_or_none(row["prompt"]) for row in asked]
-    speaker = engines.load(str(one), model)
-    try:
-        said = speaker.generate(prompts, n=1, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed)
-    finally:
-        speaker.close()  # a judge may need the memory
-    rows = [
-        {"prompt": p, "ours": s[0].text if isinstance(s, list) else None, "theirs": row["response"]}
-        for p, s, row in zip(prompts, said, asked, strict=True)
-    ]
+    said = replies(str(one), model, prompts, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    rows = [{"prompt": p, "ours": s, "theirs": row["response"]} for p, s, row in zip(prompts, said, asked, strict=True)]
     with ready(judge) as judged, progress("win_rate", len(rows), "prompts") as advance:
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]

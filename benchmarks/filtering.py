@@ -84,8 +84,11 @@ def table(path: Path, rows: int, data: str | None) -> None:
     writer.close()
 
 
-def near_table(path: Path, rows: int, data: str | None) -> None:
-    """Prompts of 20 to 60 words; every tenth is a copy of an earlier one with a tenth of its words changed at its end."""
+def near_table(path: Path, rows: int, data: str | None, apart: bool) -> None:
+    """Prompts of 20 to 60 words; every tenth is a copy of an earlier one with a tenth of its words changed at its end.
+
+    The others are cut from the books, so that of very many some overlap; apart: their words are drawn one by one.
+    """
     import polars as pl
 
     running, rng = words(data), random.Random(2)
@@ -96,8 +99,8 @@ def near_table(path: Path, rows: int, data: str | None) -> None:
             cut = max(1, len(old) // 10)
             prompts.append(" ".join([*old[:-cut], *(f"changed{i}" for _ in range(cut))]))
         else:
-            start = rng.randrange(len(running) - 70)
-            prompts.append(" ".join([*running[start : start + rng.randint(20, 60)], f"number{i}"]))
+            size, start = rng.randint(20, 60), rng.randrange(len(running) - 70)
+            prompts.append(" ".join([*(rng.choices(running, k=size) if apart else running[start : start + size]), f"number{i}"]))
     pl.DataFrame({"prompt": prompts}).write_parquet(path)
 
 
@@ -281,11 +284,11 @@ def filtering(place: Path, rows: int, data: str | None, turns: int) -> Iterator[
     path.unlink()
 
 
-def near(place: Path, sizes: list[int], data: str | None) -> Iterator[list[str]]:
+def near(place: Path, sizes: list[int], data: str | None, apart: bool) -> Iterator[list[str]]:
     """Near duplicates at every size; datasketch on the smallest."""
     for size in sizes:
         path = place / f"near-{size}.parquet"
-        near_table(path, size, data)
+        near_table(path, size, data, apart)
         for name in ["ours", *(["datasketch"] if size == min(sizes) else [])]:
             r = run(name, path, "dedupe near=0.7")
             yield [
@@ -304,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--near", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("--apart", action="store_true", help="prompts for --near that only their planted copies resemble")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--data", help="the folder with books_corpus.parquet")
     parser.add_argument("--place", type=Path, help="where the tables are made; a temporary folder by default")
@@ -320,7 +324,7 @@ def main() -> None:
                 print("| " + " | ".join(cells) + " |", flush=True)
         header = ["prompts", "contender", "seconds", "microseconds a prompt", "peak MiB", "kept"]
         print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
-        for cells in near(Path(name), options.near, options.data):
+        for cells in near(Path(name), options.near, options.data, options.apart):
             print("| " + " | ".join(cells) + " |", flush=True)
 
 

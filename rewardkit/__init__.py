@@ -7,6 +7,6 @@ into evidence. Each verb reads folders and writes one folder with a manifest; `p
 """
 
 from .errors import RewardkitError
-from .verbs import eval, filter, generate, publish, report, score, train
+from .verbs import eval, filter, generate, publish, report, score, train, verify
 
-__all__ = ["RewardkitError", "eval", "filter", "generate", "publish", "report", "score", "train"]
+__all__ = ["RewardkitError", "eval", "filter", "generate", "publish", "report", "score", "train", "verify"]

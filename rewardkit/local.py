@@ -116,13 +116,15 @@ class Transformers:
         width, ends = ids_BT.shape[1], torch.tensor(self._ends, device=ids_BT.device)
         new: list[list[int]] = [[] for _ in rows]
 
-        def enough(ids_BT: Any, _: Any) -> Any:
-            over_B = torch.isin(ids_BT[:, width:], ends).any(1)
-            return over_B | (over_B.sum() * 4 >= len(over_B))
-
         before, self._model.generation_config = self._model.generation_config, self._config
         try:
             while len(ids_BT):
+                over_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+
+                def enough(ids_BT: Any, _: Any, over_B: Any = over_B) -> Any:
+                    over_B |= torch.isin(ids_BT[:, -1], ends)
+                    return over_B | (over_B.sum() * 4 >= len(over_B))
+
                 with torch.inference_mode():
                     made = self._model.generate(
                         ids_BT, attention_mask=mask_BT, past_key_values=cache, do_sample=False, logits_processor=[sampler],
@@ -131,7 +133,7 @@ class Transformers:
                 ids_BT = made.sequences
                 for row, ids in zip(sampler.rows_B.tolist(), ids_BT[:, width:].tolist(), strict=True):
                     new[row] = ids[: next((t + 1 for t, i in enumerate(ids) if i in self._ends), len(ids))]
-                going_B = ~torch.isin(ids_BT[:, width:], ends).any(1) & (ids_BT.shape[1] < width + max_tokens)
+                going_B = ~over_B & (ids_BT.shape[1] < width + max_tokens)
                 mask_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
                 ids_BT, mask_BT, sampler.rows_B = ids_BT[going_B], mask_BT[going_B], sampler.rows_B[going_B]
                 if len(ids_BT):

@@ -33,9 +33,12 @@ Finding = tuple[str, str, str]  # what, verdict, why
 def verified(path: Path, sample: int, tolerance: float, seed: int) -> Path:
     """The folder, if all that can be checked holds; a table of the findings is printed."""
     manifest = read_manifest(path)
-    found = [*_files(path, manifest["files"]), *_inputs(manifest)]
+    inputs = list(_inputs(manifest))
+    found = [*_files(path, manifest["files"]), *inputs]
     if any(verdict == FAILS for _, verdict, _ in found):
         found.append(("rows", UNKNOWN, "files or inputs are not those of the manifest"))
+    elif any(verdict == UNKNOWN for _, verdict, _ in inputs):
+        found.append(("rows", UNKNOWN, "not all inputs are at hand"))
     else:
         found += _rows(path, manifest, sample, tolerance, seed)
     counts = Counter(verdict for _, verdict, _ in found)
@@ -65,6 +68,9 @@ def _files(path: Path, known: Mapping[str, str]) -> Iterator[Finding]:
 def _inputs(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     for name, known in manifest["inputs"].items():
         what = f"input {name}"
+        if not isinstance(known, Mapping) or "path" not in known:
+            yield what, UNKNOWN, "the manifest has its hash, not its place"
+            continue
         try:
             now = _fingerprint(manifest, name, known)
         except RewardkitError as error:

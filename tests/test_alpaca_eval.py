@@ -1,6 +1,5 @@
 """AlpacaEval 2: the leaderboard's numbers from its annotations, and judging on loopback. Run: pytest tests/test_alpaca_eval.py"""
 
-import contextlib
 import http.server
 import json
 import math
@@ -146,5 +145,8 @@ def test_a_judge_that_is_not_there_is_one_line(duel):
         alpaca_eval("scripted", duel / "out", None, engine, reference=str(duel / "reference.json"), judge="http://127.0.0.1:9/v1#j")
     with pytest.raises(ModelError, match="no annotator nobody"):
         alpaca_eval("scripted", duel / "out", None, engine, reference=str(duel / "reference.json"), annotator="nobody")
-    with contextlib.suppress(ModelError), pytest.raises(OptionError, match="reference=FILE"):
+    with pytest.raises(OptionError, match="takes reference=FILE"):
         alpaca_eval("scripted", duel / "out", None, engine)
+    for wrong, reason in (({"judge": "http://127.0.0.1:9/v1"}, "v1#NAME"), ({"annotator": "none.yaml"}, "no such file")):
+        with pytest.raises(OptionError, match=reason):
+            alpaca_eval("scripted", duel / "out", None, engine, reference=str(duel / "reference.json"), **wrong)

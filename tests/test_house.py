@@ -140,6 +140,12 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 # (a) Layers
 
 
+def test_every_verb_is_exported():
+    import rewardkit
+
+    assert set(verbs.VERBS) | {"RewardkitError"} == set(rewardkit.__all__)
+
+
 def test_every_module_has_a_layer():
     known = [name for names in LAYERS.values() for name in names]
     there = {unit(p) for p in MODULES}

@@ -101,6 +101,24 @@ def test_a_swapped_model_is_found(tmp_path):
     verbs.verify(str(out))  # not here, so that it cannot be said
 
 
+def test_what_is_not_made_again_is_said_and_no_failure(made, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say 1", "answer": "1"}\n')
+    prompts, engine = str(tmp_path / "prompts.jsonl"), "scripted reply=1"
+    verbs.verify(str(verbs.generate("scripted", prompts, str(tmp_path / "samples"), engine=engine)))
+    verbs.verify(str(verbs.eval("scripted", f"accuracy data={prompts}", str(tmp_path / "results"), engine=engine)))
+    verbs.verify(str(verbs.report([str(tmp_path / "results")], str(tmp_path / "report"))))
+    tiny.llama(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "say 1", "completion": "1"}\n' * 4)
+    more = {"batch_size": 4, "max_steps": 1, "max_length": 64, "learning_rate": 1e-3}
+    sft = verbs.train("sft", str(tmp_path / "sft"), model=str(tmp_path / "base"), data=str(rows), **more)
+    verbs.verify(str(sft))
+    assert "".join(capsys.readouterr()).count("not checked") >= 4
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(FolderError, match="model.safetensors: its content is not what was written"):
+        verbs.verify(str(sft))
+
+
 def test_a_folder_without_a_manifest(tmp_path):
     with pytest.raises(FolderError, match="has no manifest.json"):
         verbs.verify(str(tmp_path))

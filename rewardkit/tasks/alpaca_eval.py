@@ -126,11 +126,14 @@ def _answers(model: str, reference: str, limit: int | None, engine: str, tempera
 
 def _annotator(name: str, judge: str | None) -> str:
     """A name that alpaca-eval knows, or the path of a configuration."""
+    if judge and "#" not in judge:
+        raise OptionError(f"judge={judge}: say which model judges there, as {judge}#NAME")
     if judge and name == OFFICIAL:
         return str(shipped("evals") / "annotators" / "local.yaml")
-    if judge is None and name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
+    file = Path(name).expanduser()
+    if name.endswith((".yaml", ".yml")) and not file.is_file():
         raise OptionError(f"annotator={name}: no such file")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_file() else name
+    return str(file) if file.is_file() else name
 
 
 def _judge(answers: Rows, annotator: str, judge: str | None, orders: str, out: Path, seed: int) -> tuple[Rows, float | None]:
